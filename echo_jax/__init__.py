@@ -1,0 +1,1 @@
+"""Echo in JAX: audio language models that listen again while they think."""
