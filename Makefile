@@ -67,18 +67,20 @@ endef
 define install
 echo "Installing the pinned requirements into $(VENV) (some minutes the first time)"; \
 $(PIP) install --constraint $(PINS) pip setuptools; \
-$(PIP) install --constraint $(PINS) --no-build-isolation --use-pep517 --editable "$(1)"
+$(PIP) install --constraint $(PINS) --no-build-isolation --use-pep517 --editable ".[$(EXTRAS)]"
 endef
 
+$(RUN_STAMP): EXTRAS := data,launch
 $(RUN_STAMP):
 	@$(make_venv)
 	@rm -f $(VENV)/.installed-run-*
-	@$(call install,.[data,launch])
+	@$(install)
 	@touch $@
 
 # [test] holds everything that [data] and [launch] hold.
+$(TEST_STAMP): EXTRAS := test
 $(TEST_STAMP):
 	@$(make_venv)
 	@rm -f $(VENV)/.installed-*
-	@$(call install,.[test])
+	@$(install)
 	@touch $@ $(RUN_STAMP)
