@@ -1,0 +1,222 @@
+"""The language model of the thinker: Qwen2.5 decoder layers under one `lax.scan`, with and without a KV cache.
+
+With audio and text only, the three axes of Qwen's M-RoPE carry equal positions, so it is ordinary rotary embedding over
+the running index. A row's cache is filled from slot 0 without gaps: slot, position and index in the row are one number,
+and each row has its own cursor.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from echo_jax.arrays import ArraySpec, Params
+from echo_jax.model.config import TextConfig
+
+
+def param_specs(config: TextConfig) -> dict:
+    """Declares the language model's arrays."""
+    n, e, h, g, k, f = (
+        config.num_layers,
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.ffn_dim,
+    )
+
+    def projection(heads: int, axis: str) -> dict:
+        return {
+            "kernel": ArraySpec((n, e, heads, k), ("layers", "embed", axis, "head_dim"), "fan_in", (1,)),
+            "bias": ArraySpec((n, heads, k), ("layers", axis, "head_dim"), "zeros"),
+        }
+
+    mlp_in = ArraySpec((n, e, f), ("layers", "embed", "mlp"), "fan_in", (1,))
+    specs = {
+        "embed": {"embedding": ArraySpec((config.vocab_size, e), ("vocab", "embed"), "normal")},
+        "layers": {
+            "attn_norm": {"scale": ArraySpec((n, e), ("layers", "embed"), "ones")},
+            "q": projection(h, "heads"),
+            "k": projection(g, "kv_heads"),
+            "v": projection(g, "kv_heads"),
+            "o": {"kernel": ArraySpec((n, h, k, e), ("layers", "heads", "head_dim", "embed"), "fan_in", (1, 2))},
+            "mlp_norm": {"scale": ArraySpec((n, e), ("layers", "embed"), "ones")},
+            "gate": {"kernel": mlp_in},
+            "up": {"kernel": mlp_in},
+            "down": {"kernel": ArraySpec((n, f, e), ("layers", "mlp", "embed"), "fan_in", (1,))},
+        },
+        "final_norm": {"scale": ArraySpec((e,), ("embed",), "ones")},
+    }
+    if not config.tie_embeddings:
+        specs["lm_head"] = {"kernel": ArraySpec((e, config.vocab_size), ("embed", "vocab"), "fan_in", (0,))}
+    return specs
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys and values of all layers.
+
+    Invariant: slots [0, length[b]) of row b hold the keys and values of its first length[b] tokens; what lies beyond is
+    never read.
+    """
+
+    k: jax.Array  # [layers, B, S, kv_heads, head_dim]
+    v: jax.Array  # [layers, B, S, kv_heads, head_dim]
+    length: jax.Array  # i32[B]
+
+    @staticmethod
+    def spec(config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> ArraySpec:
+        """Declares one of the two buffers."""
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        axes = ("layers", "batch", None, "kv_heads", "head_dim")
+        return ArraySpec(shape, axes, "zeros", dtype=dtype)
+
+    @staticmethod
+    def empty(config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "KVCache":
+        """Returns a cache that holds nothing yet."""
+        shape = KVCache.spec(config, batch, slots).shape
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalization in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    return (normed.astype(x.dtype)) * scale
+
+
+def rotary(positions_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles; two f32[B, T, 1, head_dim // 2] (arXiv 2104.09864, eq. 34)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_bt[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_bthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    first, second = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_bthk.dtype)
+
+
+def attention(q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, mask_bts: jax.Array) -> jax.Array:
+    """Grouped-query attention with an explicit mask (True = may attend); softmax in float32; [B, T, H, head_dim]."""
+    b, t, h, k = q_bthk.shape
+    groups = k_bsgk.shape[2]
+    q = (q_bthk * k**-0.5).reshape(b, t, groups, h // groups, k)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k_bsgk, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_bts[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_bsgk.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_bsgk).reshape(b, t, h, k)
+
+
+def _decoder_layer(
+    config: TextConfig,
+    p: Params,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """One layer; `attend(q, k, v)` decides what the new queries see."""
+    y = rms_norm(p["attn_norm"]["scale"], x, config.rms_norm_eps)
+    q = jnp.einsum("bte,ehk->bthk", y, p["q"]["kernel"]) + p["q"]["bias"]
+    k = jnp.einsum("bte,egk->btgk", y, p["k"]["kernel"]) + p["k"]["bias"]
+    v = jnp.einsum("bte,egk->btgk", y, p["v"]["kernel"]) + p["v"]["bias"]
+    attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+    x = x + jnp.einsum("bthk,hke->bte", attended, p["o"]["kernel"])
+    y = rms_norm(p["mlp_norm"]["scale"], x, config.rms_norm_eps)
+    return x + (jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])) @ p["down"]["kernel"]
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """Token embeddings; i32[...] -> [..., hidden_size]."""
+    return params["embed"]["embedding"][tokens]
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits in float32 from final hidden states; [..., hidden_size] -> f32[..., vocab_size]."""
+    if "lm_head" in params:
+        return jnp.einsum("...e,ev->...v", hidden, params["lm_head"]["kernel"], preferred_element_type=jnp.float32)
+    return jnp.einsum("...e,ve->...v", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+
+
+def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = False) -> jax.Array:
+    """Runs whole right-padded rows without a cache (training).
+
+    Args:
+      config: sizes.
+      params: the language model's arrays.
+      x_ble: [B, L, hidden_size] embeddings; padding stands after a row's end, where causality hides it.
+      remat: recompute layer activations in the backward pass instead of keeping them.
+
+    Returns:
+      [B, L, hidden_size] final hidden states, normalized.
+    """
+    batch, length = x_ble.shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    cos, sin = rotary(positions, config.head_dim, config.rope_theta)
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
+
+    def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
+        return _decoder_layer(config, p, x, cos, sin, functools.partial(attention, mask_bts=causal)), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_ble, params["layers"])
+    return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
+
+
+def extend(
+    config: TextConfig,
+    params: Params,
+    cache: KVCache,
+    x_bte: jax.Array,
+    num_new_b: jax.Array,
+    visible_slots: int | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Appends a chunk to each row's cache and runs it.
+
+    Args:
+      config: sizes.
+      params: the language model's arrays.
+      cache: the rows so far.
+      x_bte: [B, T, hidden_size] embeddings of the chunk, right padded.
+      num_new_b: i32[B], how many of the T entries are real for each row; 0 leaves a row untouched.
+      visible_slots: attend to the first so many slots only; at least the longest row after this chunk (an empty cache
+        that is much longer than the prompt need not be read while the prompt is prefilled).
+
+    Returns:
+      [B, T, hidden_size] normalized final hidden states (meaningless in the padding) and the grown cache.
+    """
+    batch, chunk = x_bte.shape[:2]
+    slots = cache.k.shape[2]
+    visible = slots if visible_slots is None else visible_slots
+    offsets = jnp.arange(chunk)
+    positions = cache.length[:, None] + offsets
+    # Out-of-range writes are dropped: that is how padding leaves the cache alone.
+    write_slots = jnp.where(offsets < num_new_b[:, None], positions, slots)
+    rows = jnp.arange(batch)[:, None]
+    cos, sin = rotary(positions, config.head_dim, config.rope_theta)
+    mask = jnp.arange(visible) <= positions[..., None]
+
+    def layer(
+        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, Params]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        x, keys, values = carry
+        index, p = scanned
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            nonlocal keys, values
+            # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
+            # the scan would copy the cache.
+            keys = keys.at[index, rows, write_slots].set(k.astype(keys.dtype), mode="drop")
+            values = values.at[index, rows, write_slots].set(v.astype(values.dtype), mode="drop")
+            return attention(q, keys[index, :, :visible], values[index, :, :visible], mask)
+
+        x = _decoder_layer(config, p, x, cos, sin, attend)
+        return (x, keys, values), None
+
+    (x, keys, values), _ = jax.lax.scan(
+        layer, (x_bte, cache.k, cache.v), (jnp.arange(config.num_layers), params["layers"])
+    )
+    hidden = rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
+    return hidden, KVCache(keys, values, cache.length + num_new_b)
