@@ -1,0 +1,116 @@
+"""The record types that pass between scenes, questions, storage and training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+KINDS = ("order", "before", "after", "count", "gap", "duration", "overlap")
+
+
+class RecordError(ValueError):
+    """A row that cannot be a record; the message names file, line and field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A sound with its time span in seconds, 0.1 s resolution."""
+
+    start_s: float
+    end_s: float
+    label: str
+
+    @property
+    def duration_s(self) -> float:
+        return round(self.end_s - self.start_s, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A recording with timed labels.
+
+    Attributes:
+      id: segment id, unique in the dataset.
+      audio_path: file, relative to the dataset root (or absolute).
+      duration_s: length of the file in seconds.
+      events: sorted by start.
+      split: "train", "validation" or "test".
+      source: where the sounds come from, e.g. "synthetic".
+    """
+
+    id: str
+    audio_path: str
+    duration_s: float
+    events: tuple[Event, ...]
+    split: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EaqaRecord:
+    """One question about one recording.
+
+    Attributes:
+      answer: text of exactly one of `choices`.
+      cot: the whole assistant text, `<think>…</think><answer>…</answer>`; "" for RL-only records.
+      kind: one of `KINDS`, or "" where the source does not say.
+      evidence: spans (start_s, end_s) that must be heard to answer.
+      difficulty: number of events that a listener must tell apart; 0 where unknown.
+    """
+
+    id: str
+    audio_path: str
+    duration_s: float
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    cot: str
+    kind: str
+    events: tuple[Event, ...]
+    evidence: tuple[tuple[float, float], ...]
+    difficulty: int
+    split: str
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON values; `from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> EaqaRecord:
+        """Inverse of `to_json`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if missing := sorted(names - row.keys()):
+            raise RecordError(f"record {row.get('id', '?')!r} lacks the field {missing[0]!r}")
+        values = {name: row[name] for name in names}
+        values["choices"] = tuple(row["choices"])
+        values["events"] = tuple(Event(**event) for event in row["events"])
+        values["evidence"] = tuple((float(a), float(b)) for a, b in row["evidence"])
+        return cls(**values)
+
+
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines; the file appears only when it is complete."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row); a line that is not a JSON object raises `RecordError`."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{path}:{number}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise RecordError(f"{path}:{number}: expected a JSON object")
+            yield number, row

@@ -1,0 +1,369 @@
+"""Labelled scenes as ordinary audio files, with strong labels in AudioSet-Strong's TSV layout.
+
+`plan_scene` decides everything about a scene from (seed, split, index) and costs microseconds; `render_scene`
+turns a plan into a waveform. Labels come from the plans, so they never need the audio. Under the root:
+
+    audio/<split>/<segment id>.{wav,flac}
+    audioset_<split>_strong.tsv    segment_id, start_time_seconds, end_time_seconds, label (a mid)
+    mid_to_display_name.tsv        mid, display name (no header, as AudioSet has it)
+    recordings_<split>.tsv         segment_id, file, duration_seconds, sampling_rate, channels, origin
+    scenes.json                    the config that made them
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from data import recordings, sounds
+from data.records import Event, Scene
+
+SPLITS = tuple(sounds.SPLIT_BANDS)
+NOISE_SLOPES = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # amplitude falls as f ** -slope
+RENDER_CHUNK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneConfig:
+    """What scenes are made of. Times are multiples of 0.1 s.
+
+    Attributes:
+      seed: with split and index, decides a scene entirely.
+      counts: scenes per split.
+      classes: names in `sounds.LIBRARY`, and labels of recordings in `recordings_root`; () = the whole library.
+      recordings_root: folder of extracted real recordings (see `data.recordings`), "" for none.
+      duration_s, event_s, num_events: inclusive ranges for the scene, one event, and the events of a scene.
+      min_gap_s: silence (background only) between events that do not overlap.
+      overlap_probability: share of scenes in which one event starts before the one before it has ended.
+      repeat_probability: chance that an event repeats a class that the scene already has.
+      event_db: range of an event's RMS in dB full scale.
+      noise_kinds: background colours to choose from ("white", "pink", "brown"); () = none.
+      snr_db: range of the mean event level over the background's RMS, in dB.
+      sampling_rates, file_formats, channels: choices for the file; repeat an entry to weight it.
+    """
+
+    seed: int = 0
+    counts: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"train": 100, "validation": 20, "test": 20}
+    )
+    classes: tuple[str, ...] = ()
+    recordings_root: str = ""
+    duration_s: tuple[float, float] = (10.0, 10.0)
+    event_s: tuple[float, float] = (0.5, 1.2)
+    num_events: tuple[int, int] = (4, 7)
+    min_gap_s: float = 0.2
+    overlap_probability: float = 0.0
+    repeat_probability: float = 0.0
+    event_db: tuple[float, float] = (-28.0, -18.0)
+    noise_kinds: tuple[str, ...] = ("white", "pink", "brown")
+    snr_db: tuple[float, float] = (10.0, 25.0)
+    sampling_rates: tuple[int, ...] = (16_000, 22_050, 44_100, 48_000)
+    file_formats: tuple[str, ...] = ("wav", "flac")
+    channels: tuple[int, ...] = (1, 2)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SceneConfig:
+        """From a config section; lists become tuples, an unknown field raises and is named."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"scenes.{unknown[0]} is not a field; use one of {sorted(names)}")
+        plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+        if "counts" in plain:
+            plain["counts"] = dict(plain["counts"])
+        return cls(**plain)
+
+    def __post_init__(self):
+        if unknown := [s for s in self.counts if s not in SPLITS]:
+            raise ValueError(f"scenes.counts.{unknown[0]} is not a split; use {list(SPLITS)}")
+        for kind in self.noise_kinds:
+            if kind not in NOISE_SLOPES:
+                raise ValueError(f"scenes.noise_kinds: {kind!r} is not in {sorted(NOISE_SLOPES)}")
+        if not self.recordings_root:
+            for name in self.classes:
+                if name not in sounds.LIBRARY:
+                    raise ValueError(f"scenes.classes: {name!r} is not in the sound library")
+        longest = max([self.event_s[1]] + [_min_seconds(c) for c in self.class_names])
+        needed = self.num_events[1] * (longest + self.min_gap_s)
+        if self.num_events[0] < 1 or self.event_s[0] < 0.2 or needed > self.duration_s[0]:
+            raise ValueError(
+                f"scenes: {self.num_events[1]} events of up to {longest:g} s with gaps of {self.min_gap_s:g} s "
+                f"need {needed:.1f} s, but duration_s starts at {self.duration_s[0]:g} s; events last >= 0.2 s"
+            )
+        if not self.repeat_probability and self.num_events[1] > len(self.class_names):
+            raise ValueError("scenes.num_events exceeds the number of classes; allow repeats")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in use, the whole library if none were named."""
+        return self.classes or tuple(sounds.LIBRARY)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides a scene's content (not how many there are)."""
+        fields = dataclasses.asdict(self)
+        del fields["counts"]
+        return json.loads(json.dumps(fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenePlan:
+    """A scene before it is rendered: its labels, its file, and what rendering needs."""
+
+    scene: Scene
+    sampling_rate: int
+    channels: int
+    seed: tuple[int, int, int]
+    event_db: tuple[float, ...]
+    noise_kind: str
+    noise_db: float
+
+
+def _min_seconds(name: str) -> float:
+    return sounds.LIBRARY[name].min_seconds if name in sounds.LIBRARY else 0.3
+
+
+def mid_of(label: str) -> str:
+    """The machine id of a label: `/s/...` for synthetic classes, `/r/...` for recordings."""
+    if label in sounds.LIBRARY:
+        return sounds.LIBRARY[label].mid
+    return "/r/" + label.replace(" ", "_")
+
+
+def _tenths(rng: np.random.Generator, span: tuple[float, float]) -> int:
+    return int(rng.integers(round(span[0] * 10), round(span[1] * 10) + 1))
+
+
+def _draw_labels(config: SceneConfig, rng: np.random.Generator, count: int) -> list[str]:
+    fresh = list(rng.permutation(config.class_names))
+    labels: list[str] = []
+    for _ in range(count):
+        if labels and (not fresh or rng.random() < config.repeat_probability):
+            labels.append(labels[rng.integers(len(labels))])
+        else:
+            labels.append(str(fresh.pop()))
+    # Two neighbours of one class would sound like one event with a pause.
+    for i in range(1, count):
+        if labels[i] == labels[i - 1]:
+            for j in rng.permutation(count):
+                around = labels[max(j - 1, 0) : j] + labels[j + 1 : j + 2]
+                here = labels[i - 1 : i] + labels[i + 1 : i + 2]
+                if labels[j] not in here and labels[i] not in around and abs(i - j) > 1:
+                    labels[i], labels[j] = labels[j], labels[i]
+                    break
+    return labels
+
+
+def plan_scene(config: SceneConfig, split: str, index: int) -> ScenePlan:
+    """Decide scene number `index` of `split`. Deterministic per (config, split, index)."""
+    seed = (config.seed, zlib.crc32(split.encode()), index)
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(config.num_events[0], config.num_events[1] + 1))
+    total = _tenths(rng, config.duration_s)
+    labels = _draw_labels(config, rng, count)
+    lengths = [
+        max(_tenths(rng, config.event_s), int(np.ceil(_min_seconds(name) * 10 - 1e-9)))
+        for name in labels
+    ]
+    gaps = [0] + [round(config.min_gap_s * 10)] * (count - 1)
+    if count > 1 and rng.random() < config.overlap_probability:
+        i = int(rng.integers(1, count))
+        longest = min(lengths[i - 1], lengths[i]) - 1
+        if labels[i] != labels[i - 1] and longest >= 2:
+            gaps[i] = -int(rng.integers(2, longest + 1))
+    slack = total - sum(lengths) - sum(gaps)
+    # Spread the remaining time over the gaps, the start and the end; an overlap stays as drawn.
+    cuts = np.sort(rng.integers(0, slack + 1, count))
+    extra = np.diff(cuts, prepend=0)
+    events, now = [], 0
+    for i in range(count):
+        now += gaps[i] + (int(extra[i]) if gaps[i] >= 0 else 0)
+        events.append(Event(now / 10, (now + lengths[i]) / 10, labels[i]))
+        now += lengths[i]
+    levels = tuple(float(rng.uniform(*config.event_db)) for _ in range(count))
+    kind = str(rng.choice(config.noise_kinds)) if config.noise_kinds else ""
+    noise_db = float(np.mean(levels) - rng.uniform(*config.snr_db))
+    extension = str(rng.choice(config.file_formats))
+    name = f"{split}_{index:06d}"
+    real = any(label not in sounds.LIBRARY for label in labels)
+    scene = Scene(
+        id=name,
+        audio_path=f"audio/{split}/{name}.{extension}",
+        duration_s=total / 10,
+        events=tuple(events),
+        split=split,
+        source="recorded" if real else "synthetic",
+    )
+    rate, channels = int(rng.choice(config.sampling_rates)), int(rng.choice(config.channels))
+    return ScenePlan(scene, rate, channels, seed, levels, kind, noise_db)
+
+
+def _noise(rng: np.random.Generator, n: int, sampling_rate: int, slope: float) -> np.ndarray:
+    """Coloured noise with RMS 1: f32[n]."""
+    white = rng.standard_normal(n, dtype=np.float32)
+    if slope:
+        size = 1 << (n - 1).bit_length()
+        spectrum = np.fft.rfft(white, size)
+        hz = np.fft.rfftfreq(size, 1 / sampling_rate)
+        white = np.fft.irfft(spectrum * np.maximum(hz, 40.0) ** -slope)[:n].astype(np.float32)
+    return white / np.sqrt(np.mean(white**2))
+
+
+def render_scene(plan: ScenePlan, source: recordings.Recordings | None = None) -> np.ndarray:
+    """The waveform of a plan: f32[n, channels], peak at most 0.98. Deterministic."""
+    rate, scene = plan.sampling_rate, plan.scene
+    n = round(scene.duration_s * rate)
+    wave = np.zeros((n, plan.channels), np.float32)
+    for i, (event, level) in enumerate(zip(scene.events, plan.event_db, strict=True)):
+        rng = np.random.default_rng((*plan.seed, i))
+        if event.label in sounds.LIBRARY:
+            sound = sounds.synthesize(event.label, rng, scene.split, event.duration_s, rate)
+        else:
+            assert source is not None
+            excerpt = source.excerpt(event.label, rng, scene.split, event.duration_s, rate)
+            sound = sounds.finish(excerpt, rate)
+        begin = round(event.start_s * rate)
+        sound = sound[: n - begin] * (10 ** (level / 20) / sounds.RMS)
+        pan = rng.uniform(0.7, 1.3)
+        gains = (1.0,) if plan.channels == 1 else (pan, 2 - pan)
+        wave[begin : begin + len(sound)] += sound[:, None] * np.array(gains, np.float32)
+    if plan.noise_kind:
+        rng = np.random.default_rng((*plan.seed, 1_000))
+        noise = _noise(rng, n, rate, NOISE_SLOPES[plan.noise_kind])
+        wave += (noise * 10 ** (plan.noise_db / 20))[:, None].astype(np.float32)
+    return wave * min(1.0, 0.98 / max(float(np.abs(wave).max()), 1e-9))
+
+
+def _write_chunk(root: Path, config: SceneConfig, plans: list[ScenePlan]) -> int:
+    """Render what is not there yet; a file appears under its name only when it is complete."""
+    source = (
+        recordings.Recordings.load(Path(config.recordings_root)) if config.recordings_root else None
+    )
+    written = 0
+    for plan in plans:
+        path = root / plan.scene.audio_path
+        if path.exists():
+            continue
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        form = path.suffix[1:].upper()
+        soundfile.write(part, render_scene(plan, source), plan.sampling_rate, "PCM_16", format=form)
+        part.replace(path)
+        written += 1
+    return written
+
+
+def write_scenes(
+    config: SceneConfig,
+    root: Path,
+    num_processes: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, int]:
+    """Write all scenes and labels under `root`, skipping audio files that exist.
+
+    Args:
+      progress: called with (scenes done, scenes in all) now and then.
+
+    Returns:
+      {"written": files rendered now, "kept": files that were there}.
+
+    Raises:
+      ValueError: `root` holds scenes that another config made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    stamp = root / "scenes.json"
+    if stamp.exists() and json.loads(stamp.read_text()) != config.fingerprint():
+        raise ValueError(f"{stamp} was made by another config; give another root or remove {root}")
+    stamp.write_text(json.dumps(config.fingerprint(), indent=1))
+    plans = []
+    for split, count in config.counts.items():
+        (root / "audio" / split).mkdir(parents=True, exist_ok=True)
+        plans += [plan_scene(config, split, i) for i in range(count)]
+    missing = [plan for plan in plans if not (root / plan.scene.audio_path).exists()]
+    chunks = [missing[i : i + RENDER_CHUNK] for i in range(0, len(missing), RENDER_CHUNK)]
+    done = len(plans) - len(missing)
+    if num_processes > 1 and len(chunks) > 1:
+        # Spawned, not forked: the caller may already run threads of an accelerator library.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+            jobs = [pool.submit(_write_chunk, root, config, chunk) for chunk in chunks]
+            for job in concurrent.futures.as_completed(jobs):
+                done += job.result()
+                if progress:
+                    progress(done, len(plans))
+    else:
+        for chunk in chunks:
+            done += _write_chunk(root, config, chunk)
+            if progress:
+                progress(done, len(plans))
+    _write_labels(config, root, plans)
+    return {"written": len(missing), "kept": len(plans) - len(missing)}
+
+
+def _write_labels(config: SceneConfig, root: Path, plans: list[ScenePlan]) -> None:
+    for split in config.counts:
+        mine = [plan for plan in plans if plan.scene.split == split]
+        with (root / f"audioset_{split}_strong.tsv").open("w", newline="") as file:
+            rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+            rows.writerow(["segment_id", "start_time_seconds", "end_time_seconds", "label"])
+            for plan in mine:
+                for event in plan.scene.events:
+                    times = f"{event.start_s:.3f}", f"{event.end_s:.3f}"
+                    rows.writerow([plan.scene.id, *times, mid_of(event.label)])
+        with (root / f"recordings_{split}.tsv").open("w", newline="") as file:
+            rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+            rows.writerow(
+                ["segment_id", "file", "duration_seconds", "sampling_rate", "channels", "origin"]
+            )
+            for plan in mine:
+                scene, form = plan.scene, (plan.sampling_rate, plan.channels)
+                rows.writerow([scene.id, scene.audio_path, scene.duration_s, *form, scene.source])
+    with (root / "mid_to_display_name.tsv").open("w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+        rows.writerows([mid_of(name), name] for name in config.class_names)
+
+
+def read_scenes(root: Path, split: str) -> list[Scene]:
+    """Read the labelled scenes of a split back from the TSV files.
+
+    Raises:
+      ValueError: a file is missing, or a row does not parse; the message names file and line.
+    """
+    names = {row[0]: row[1] for _, row in _rows(root / "mid_to_display_name.tsv", 2)}
+    events: dict[str, list[Event]] = {}
+    path = root / f"audioset_{split}_strong.tsv"
+    for number, (segment, start, end, mid) in _rows(path, 4, header=True):
+        try:
+            event = Event(float(start), float(end), names[mid])
+        except (ValueError, KeyError):
+            raise ValueError(f"{path}:{number}: bad time or unknown label {mid!r}") from None
+        events.setdefault(segment, []).append(event)
+    scenes = []
+    path = root / f"recordings_{split}.tsv"
+    for number, (segment, file, duration, _, _, origin) in _rows(path, 6, header=True):
+        try:
+            length = float(duration)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: bad duration {duration!r}") from None
+        timed = sorted(events.get(segment, []), key=lambda event: (event.start_s, event.end_s))
+        scenes.append(Scene(segment, file, length, tuple(timed), split, origin))
+    return scenes
+
+
+def _rows(path: Path, width: int, header: bool = False):
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; make the scenes first (python -m data.build)")
+    with path.open(newline="") as file:
+        for number, row in enumerate(csv.reader(file, delimiter="\t"), 1):
+            if len(row) != width:
+                raise ValueError(f"{path}:{number}: expected {width} columns, got {len(row)}")
+            if not (header and number == 1):
+                yield number, row
