@@ -1,0 +1,1 @@
+"""Losses, rewards, optimizers, checkpoints and metrics; knows nothing of where data came from."""

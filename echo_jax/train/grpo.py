@@ -1,0 +1,254 @@
+"""Group-relative policy optimization: advantages, token log-probabilities, and the clipped loss
+with a KL term.
+
+All functions are pure. The loss returns sums and their denominators, so that the sums of k
+micro-batches over the denominators of the whole batch are exactly the batch's loss. Formulas: Echo
+paper, section on GRPO; where the paper gives only a symbol, the released training code (a patched
+verl) decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Entry = TypeVar("Entry")
+
+STD_EPSILON = 1e-6
+KL_BOUND = 10.0
+# exp() of a larger difference would overflow in the backward pass; far beyond both the ratio clip
+# and KL_BOUND, so no value changes.
+LOG_RATIO_BOUND = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoOptions:
+    """Hyperparameters of the loss; every field is a config value.
+
+    Attributes:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1 bounds the loss of a negative advantage at c |A|; 0 turns it off.
+        kl_coefficient: beta; 0 needs no reference log-probabilities.
+        kl_kind: name in KL_ESTIMATORS.
+        aggregation: name in AGGREGATIONS.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    kl_coefficient: float = 0.04
+    kl_kind: str = "k3"
+    aggregation: str = "sequence_mean"
+
+    def __post_init__(self) -> None:
+        _lookup(KL_ESTIMATORS, self.kl_kind, "kl_kind")
+        _lookup(AGGREGATIONS, self.aggregation, "aggregation")
+        if self.dual_clip and self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip must be 0 (off) or more than 1, not {self.dual_clip}")
+
+
+def _lookup(registry: Mapping[str, Entry], name: str, field: str) -> Entry:
+    if name not in registry:
+        raise ValueError(f"unknown {field} {name!r}; known: {', '.join(sorted(registry))}")
+    return registry[name]
+
+
+# -------------------- advantages --------------------
+
+
+def group_normalized(rewards: np.ndarray) -> np.ndarray:
+    """(R - mean) / (std + 1e-6) over the last axis, unbiased std; exactly 0 where a group's rewards
+    are all equal.
+
+    Args:
+        rewards: f[..., G].
+
+    Returns:
+        f32[..., G].
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.shape[-1] < 2:
+        raise ValueError(
+            "a group needs at least 2 rollouts for a standard deviation; raise rollouts_per_query"
+        )
+    centred = rewards - rewards.mean(-1, keepdims=True)
+    std = rewards.std(-1, ddof=1, keepdims=True)
+    constant = np.ptp(rewards, axis=-1, keepdims=True) == 0
+    return np.where(constant, 0.0, centred / (std + STD_EPSILON)).astype(np.float32)
+
+
+def group_centred(rewards: np.ndarray) -> np.ndarray:
+    """R - mean over the last axis, without division by the standard deviation (Dr. GRPO). Shapes as
+    `group_normalized`."""
+    rewards = np.asarray(rewards, np.float64)
+    constant = np.ptp(rewards, axis=-1, keepdims=True) == 0
+    return np.where(constant, 0.0, rewards - rewards.mean(-1, keepdims=True)).astype(np.float32)
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group_normalized": group_normalized,
+    "group_centred": group_centred,
+}
+
+
+def get_advantage(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The advantage function registered under ``name``; a ValueError lists the names when there is
+    none."""
+    return _lookup(ADVANTAGES, name, "advantage")
+
+
+# -------------------- log-probabilities --------------------
+
+
+def token_logprobs(
+    logits_blv: jax.Array,
+    tokens_bl: jax.Array,
+    temperature: float,
+    stop_rest_bl: jax.Array | None = None,
+    stop_sets_rv: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probability of every token under the distribution it was sampled from.
+
+    Where a sampled token closes ``</seg>`` the sampler keeps the event "the tag was closed" and
+    canonicalizes the token, so the log-probability there is the log-sum over all tokens of that
+    event.
+
+    Args:
+        logits_blv: f[B, L, V]; position t predicts token t + 1.
+        tokens_bl: i32[B, L].
+        temperature: of the rollout, more than 0.
+        stop_rest_bl: i32[B, L], row of `stop_sets_rv` where the token was a stop event, -1
+            elsewhere; None without events.
+        stop_sets_rv: bool[R, V], the tokens of every event.
+
+    Returns:
+        f32[B, L]; position t holds the log-probability of tokens_bl[:, t], position 0 holds 0.
+    """
+    logp_blv = jax.nn.log_softmax(logits_blv[:, :-1].astype(jnp.float32) / temperature, axis=-1)
+    chosen_bl = jnp.take_along_axis(logp_blv, tokens_bl[:, 1:, None], axis=-1)[..., 0]
+    if stop_rest_bl is not None and stop_sets_rv is not None:
+        rest_bl = stop_rest_bl[:, 1:]
+
+        def event(logp_v: jax.Array, rest: jax.Array, chosen: jax.Array) -> jax.Array:
+            members_v = stop_sets_rv[jnp.maximum(rest, 0)]
+            total = jax.nn.logsumexp(jnp.where(members_v, logp_v, -jnp.inf), where=members_v)
+            return jnp.where(rest >= 0, total, chosen)
+
+        chosen_bl = jax.vmap(jax.vmap(event))(logp_blv, rest_bl, chosen_bl)
+    return jnp.pad(chosen_bl, ((0, 0), (1, 0)))
+
+
+# -------------------- KL, loss --------------------
+
+
+def kl_k1(logprob: jax.Array, reference: jax.Array) -> jax.Array:
+    """log p - log p_ref: unbiased, signed."""
+    return logprob - reference
+
+
+def kl_k2(logprob: jax.Array, reference: jax.Array) -> jax.Array:
+    """(log p - log p_ref)^2 / 2."""
+    return 0.5 * jnp.square(logprob - reference)
+
+
+def kl_k3(logprob: jax.Array, reference: jax.Array) -> jax.Array:
+    """r - log r - 1 with r = p_ref / p (Schulman's low-variance estimator), clamped to +-10 as in
+    the released code."""
+    log_r = jnp.clip(reference - logprob, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return jnp.clip(jnp.exp(log_r) - log_r - 1.0, -KL_BOUND, KL_BOUND)
+
+
+KL_ESTIMATORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "k1": kl_k1,
+    "k2": kl_k2,
+    "k3": kl_k3,
+}
+
+
+def sequence_mean(values_bl: jax.Array, mask_bl: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum over rows of each row's mean over its masked-in tokens, and the number of rows that have
+    any."""
+    counts_b = mask_bl.sum(-1)
+    means_b = (values_bl * mask_bl).sum(-1) / jnp.maximum(counts_b, 1.0)
+    return means_b.sum(), (counts_b > 0).sum().astype(jnp.float32)
+
+
+def token_mean(values_bl: jax.Array, mask_bl: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum over all masked-in tokens, and their number."""
+    return (values_bl * mask_bl).sum(), mask_bl.sum()
+
+
+AGGREGATIONS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]] = {
+    "sequence_mean": sequence_mean,
+    "token_mean": token_mean,
+}
+
+SumAndDenominator = tuple[jax.Array, jax.Array]
+
+
+def policy_loss(
+    logprob_bl: jax.Array,
+    old_logprob_bl: jax.Array,
+    reference_bl: jax.Array | None,
+    advantage_b: jax.Array,
+    mask_bl: jax.Array,
+    options: GrpoOptions,
+) -> dict[str, SumAndDenominator]:
+    """The GRPO loss of a (micro-)batch and what is logged with it.
+
+    -(min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - beta KL), aggregated over the tokens
+    the policy sampled. Inserted audio must be outside `mask_bl` and the final <|im_end|> inside:
+    then both hold for the policy term, the KL and the denominators.
+
+    Args:
+        logprob_bl: f32[B, L], of the policy in training.
+        old_logprob_bl: f32[B, L], of the policy that sampled.
+        reference_bl: f32[B, L], of the cold-start model; None when kl_coefficient is 0.
+        advantage_b: f32[B].
+        mask_bl: f32 or bool[B, L], 1 where the token was sampled.
+        options: the hyperparameters.
+
+    Returns:
+        name -> (sum, denominator). ``loss`` is the one to differentiate; ``policy``, ``kl``,
+        ``clipped`` (share of tokens where the clip is active), ``ratio``, ``logprob_gap`` (|sampler
+        - trainer|) and ``logprob_bias`` (sampler - trainer) are for the log.
+    """
+    if options.kl_coefficient and reference_bl is None:
+        raise ValueError("kl_coefficient is not 0, so the loss needs reference log-probabilities")
+    aggregate = AGGREGATIONS[options.aggregation]
+    mask_bl = mask_bl.astype(jnp.float32)
+    # Values under the mask's zeros may be anything (log-probs of audio placeholders): they must not
+    # reach exp().
+    logprob_bl = jnp.where(mask_bl > 0, logprob_bl, 0.0)
+    old_logprob_bl = jnp.where(mask_bl > 0, old_logprob_bl, 0.0)
+    advantage_bl = advantage_b[:, None]
+
+    log_ratio_bl = logprob_bl - old_logprob_bl
+    ratio_bl = jnp.exp(jnp.clip(log_ratio_bl, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    clipped_bl = jnp.clip(ratio_bl, 1.0 - options.clip_low, 1.0 + options.clip_high)
+    objective_bl = jnp.minimum(ratio_bl * advantage_bl, clipped_bl * advantage_bl)
+    is_clipped_bl = clipped_bl * advantage_bl < ratio_bl * advantage_bl
+    if options.dual_clip:
+        bounded_bl = jnp.maximum(objective_bl, options.dual_clip * advantage_bl)
+        objective_bl = jnp.where(advantage_bl < 0, bounded_bl, objective_bl)
+    values_bl = -objective_bl
+    result = {"policy": aggregate(values_bl, mask_bl)}
+    if reference_bl is not None:
+        reference_bl = jnp.where(mask_bl > 0, reference_bl, 0.0)
+        kl_bl = KL_ESTIMATORS[options.kl_kind](logprob_bl, reference_bl)
+        result["kl"] = aggregate(kl_bl, mask_bl)
+        values_bl = values_bl + options.kl_coefficient * kl_bl
+    result["loss"] = aggregate(values_bl, mask_bl)
+    for name, logged_bl in {
+        "clipped": is_clipped_bl.astype(jnp.float32),
+        "ratio": ratio_bl,
+        "logprob_gap": jnp.abs(log_ratio_bl),
+        "logprob_bias": -log_ratio_bl,
+    }.items():
+        result[name] = token_mean(jax.lax.stop_gradient(logged_bl), mask_bl)
+    return result
