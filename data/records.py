@@ -25,6 +25,7 @@ class Event:
 
     @property
     def duration_s(self) -> float:
+        """Length in seconds."""
         return round(self.end_s - self.start_s, 3)
 
 

@@ -1,0 +1,295 @@
+"""Sentences for questions and reasoning. Each list holds equivalent wordings; one is drawn at random.
+
+Slots: {x}, {y} labels of sounds, {k} an ordinal, {n} a number of times, {t} a number of seconds. The grammar
+holds for singular, plural and mass labels alike ("the slow knocks", "the running water"). A citation is
+written between a lead and a tail. No lead names a sound that the question has not named: what a span holds
+is said after its tag, and the tail starts with a comma or a lower-case word, so that the sentence runs on
+over inserted audio (`R_consist` in the paper punishes anything else).
+"""
+
+from __future__ import annotations
+
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "kth": (
+        "Which sound is the {k} one?",
+        "Which sound comes {k} in the recording?",
+        "What is the {k} sound?",
+        "Listening in order, which sound is number {n}?",
+    ),
+    "last": (
+        "Which sound is the last one?",
+        "Which sound comes last?",
+        "What is the final sound?",
+        "With which sound does the recording end?",
+    ),
+    "after": (
+        "Which sound comes right after the {x}?",
+        "What is heard right after the {x}?",
+        "Which sound follows the {x}?",
+        "Once the {x} is over, what is the next sound?",
+    ),
+    "before": (
+        "Which sound comes right before the {x}?",
+        "What is heard right before the {x}?",
+        "Which sound leads directly into the {x}?",
+        "What is the last sound heard before the {x}?",
+    ),
+    "count_label": (
+        "How many times do you hear the {x}?",
+        "How often does the recording bring the {x}?",
+        "Count the {x}: how many separate times is that sound heard?",
+    ),
+    "count_all": (
+        "How many separate sounds are there?",
+        "How many sound events can be heard in all?",
+        "From start to end, how many sounds occur?",
+    ),
+    "gap": (
+        "How long is the pause between the {x} and the {y}?",
+        "How much time passes from the end of the {x} to the start of the {y}?",
+        "About how long is it quiet between the {x} and the {y}?",
+    ),
+    "longest": (
+        "Which of these sounds lasts longest?",
+        "Which sound goes on for the longest time?",
+        "Comparing the durations, which sound is the longest?",
+    ),
+    "shortest": (
+        "Which of these sounds lasts shortest?",
+        "Which sound is over in the shortest time?",
+        "Comparing the durations, which sound is the shortest?",
+    ),
+    "overlap": (
+        "Which sound overlaps with the {x}?",
+        "Which sound can be heard at the same time as the {x}?",
+        "What else is sounding during part of the {x}?",
+    ),
+}
+
+# ------------------------------------------------------------------ full style: why a span is needed, what it shows
+
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "kth": (
+        "The question is about the order of the sounds, so I have to locate number {n} exactly.",
+        "To find the {k} sound I follow the recording from its start and check the right place again.",
+        "Several sounds come one after another here, and only the {k} one matters.",
+    ),
+    "last": (
+        "Only the end of the recording matters here, so I go to the last thing that can be heard.",
+        "To find out how the recording ends I listen once more to its final sound.",
+        "The order decides this, and the place to check is the last event.",
+    ),
+    "after": (
+        "I first need to find the {x} and then check what follows directly.",
+        "The {x} is my anchor here; whatever begins next is the answer.",
+        "To be sure about the order, I look for the {x} and listen on from there.",
+    ),
+    "before": (
+        "I first need to find the {x} and then check what came directly before.",
+        "The {x} is my anchor here; the sound that ends just before it is the answer.",
+        "To be sure about the order, I look for the {x} and step back by one sound.",
+    ),
+    "count_label": (
+        "To count the {x} I must check each place where that sound might be.",
+        "The same sound may return, so I go through every candidate for the {x}.",
+        "I want to be careful not to miss a repetition of the {x}.",
+    ),
+    "count_all": (
+        "I go through the recording from start to end and count what I hear.",
+        "To get the number right, I check the sounds one at a time.",
+        "Counting needs a pass over the whole recording, sound by sound.",
+    ),
+    "gap": (
+        "I need the moment where the {x} ends and the moment where the {y} begins.",
+        "The pause is what lies between the two sounds, so both borders have to be heard exactly.",
+        "To measure the silence I locate the {x} first and then the {y}.",
+    ),
+    "longest": (
+        "I have to compare durations, so each of the sounds needs a start and an end.",
+        "Only the lengths decide this, and I measure the sounds one at a time.",
+        "To compare them fairly I listen to every candidate again and note how long it lasts.",
+    ),
+    "shortest": (
+        "I have to compare durations, so each of the sounds needs a start and an end.",
+        "Only the lengths decide this, and I measure the sounds one at a time.",
+        "To compare them fairly I listen to every candidate again and note how long it lasts.",
+    ),
+    "overlap": (
+        "I need the place of the {x} and then any sound that shares time with it.",
+        "Two sounds run together somewhere, and the {x} tells me where to listen.",
+        "The answer must be sounding while the {x} is still going on, so I look there.",
+    ),
+}
+
+ANCHOR_LEADS = (
+    "I believe the {x} can be found at",
+    "The place to check for the {x} is",
+    "Going back, the {x} should be around",
+    "What I remember as the {x} lies at",
+)
+ANCHOR_TAILS = (
+    ", and listening again, I clearly hear the {x}",
+    ", where the {x} can indeed be heard",
+    "; this does match the {x}",
+    ", and yes, there I have the {x}",
+)
+FOUND_LEADS: dict[str, tuple[str, ...]] = {
+    "next": (
+        "The next thing that begins is at",
+        "Right afterwards I have to hear",
+        "Moving on, something new starts in",
+        "The following event covers",
+    ),
+    "previous": (
+        "Directly before that, there is something at",
+        "One step back I find",
+        "The event that ends just before it covers",
+        "Going back by one sound leads to",
+    ),
+    "kth": (
+        "Counting up to number {n} brings me to",
+        "The {k} event covers",
+        "The right place for the {k} sound is",
+    ),
+    "last": (
+        "The last event covers",
+        "Nothing follows after",
+        "The recording ends with what happens in",
+    ),
+    "together": (
+        "While it is going on, something else is sounding in",
+        "Sharing time with it, another event covers",
+        "A second sound runs into it during",
+    ),
+    "item": (
+        "I check",
+        "Another place to hear is",
+        "There is an event at",
+        "I also listen to",
+        "Something happens in",
+    ),
+}
+FOUND_TAILS = (
+    ", which I recognise as the {y}",
+    ", and what I hear there is the {y}",
+    "; listening again, I take this for the {y}",
+    ", where the character of the sound fits the {y}",
+)
+ITEM_TAILS = (", the {y}", ", where I hear the {y}", "; that matches the {y}")
+LENGTH_TAILS = (", the {y}, {t} long", ", where I hear the {y} for {t}", "; the {y} takes {t} here")
+
+CLOSINGS: dict[str, tuple[str, ...]] = {
+    "kth": ("So the {k} sound is the {a}.", "That makes the {a} number {n}."),
+    "last": ("So the recording ends with the {a}.", "Nothing comes later than the {a}."),
+    "after": (
+        "So the {x} is followed by the {a}.",
+        "Hence the sound after the {x} must be the {a}.",
+    ),
+    "before": ("So right before the {x} I hear the {a}.", "Hence the {a} leads into the {x}."),
+    "count_label": ("So I count the {x} {n} in all.", "In total that gives {n} for the {x}."),
+    "count_all": ("Altogether that gives {n} sounds.", "So I arrive at {n} separate sounds."),
+    "gap": (
+        "From the end at {e} to the start at {s} it is {a}.",
+        "The pause from {e} to {s} therefore lasts {a}.",
+    ),
+    "longest": ("Nothing lasts longer than the {a}.", "So the longest one is the {a}."),
+    "shortest": ("Nothing is shorter than the {a}.", "So the shortest one is the {a}."),
+    "overlap": (
+        "So the {x} overlaps with the {a}.",
+        "The two that run together are the {x} and the {a}.",
+    ),
+}
+
+# ------------------------------------------------------------------ short style: every token is CPU time
+
+SHORT_ANCHOR = (
+    ("The {x} is at", ", yes the {x}."),
+    ("I find the {x} in", ", the {x} indeed."),
+    ("The {x}:", " is the {x}."),
+)
+SHORT_FOUND: dict[str, tuple[tuple[str, str], ...]] = {
+    "next": (
+        ("Next comes", ", that is the {y}."),
+        ("After it", " is the {y}."),
+        ("Then", ", the {y}."),
+    ),
+    "previous": (
+        ("Before it comes", ", that is the {y}."),
+        ("Before that", " is the {y}."),
+        ("Just before,", ", the {y}."),
+    ),
+    "kth": (
+        ("The {k} one is at", ", that is the {y}."),
+        ("Number {n} is", ", the {y}."),
+        ("Sound {n}:", " is the {y}."),
+    ),
+    "last": (
+        ("The last one is at", ", that is the {y}."),
+        ("It ends with", ", the {y}."),
+        ("Last comes", " with the {y}."),
+    ),
+    "together": (
+        ("Meanwhile", ", that is the {y}."),
+        ("Over it", " is the {y}."),
+        ("With it", ", the {y}."),
+    ),
+    "item": (
+        ("I hear", ", the {y}."),
+        ("At", " is the {y}."),
+        ("Then", ", the {y}."),
+    ),
+}
+SHORT_LENGTH = (("At", ", the {y}, {t}."), ("Then", " is the {y}, {t}."))
+
+# ------------------------------------------------------------------ scan: the scene in time order
+
+SCAN_OPENINGS = (
+    "I walk through the recording in order until I know.",
+    "I take the sounds one at a time, from the start.",
+    "Going through the recording from its beginning should settle this.",
+    "To keep the order straight, I listen to one sound after another.",
+)
+SCAN_LEADS_FIRST = ("First there is", "It begins at", "The first sound is at", "I start with")
+SCAN_LEADS = ("Then comes", "Next is", "After that I check", "It goes on with", "Following that,")
+SCAN_TAILS = (", the {y}.", ", where I hear the {y}.", "; that is the {y}.")
+SHORT_SCAN_FIRST = "First"
+SHORT_SCAN = "Then"
+SHORT_SCAN_TAIL = ", {y}."
+
+# ------------------------------------------------------------------ base stage: naming, captions, presence
+
+NAMING_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": (
+        "What is this sound?",
+        "Name the sound in this clip.",
+        "Which sound do you hear?",
+        "Listen to this short clip and name it.",
+    ),
+    "short": ("Name it.", "What is this?", "Which sound?"),
+}
+NAMING_ANSWERS: dict[str, tuple[str, ...]] = {
+    "full": ("That is the {y}.", "I hear the {y}.", "This sounds like the {y}.", "the {y}"),
+    "short": ("the {y}.", "that is the {y}."),
+}
+CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": (
+        "Which sounds occur in this recording?",
+        "List the sounds that you hear, in any order.",
+        "Describe what can be heard.",
+    ),
+    "short": ("Which sounds?", "List the sounds."),
+}
+CAPTION_ANSWERS: dict[str, tuple[str, ...]] = {
+    "full": ("I hear {list}.", "The recording has {list}.", "There are these sounds: {list}."),
+    "short": ("{list}.",),
+}
+PRESENCE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": ("Do you hear the {x}?", "Is the {x} in this recording?", "Does the {x} occur?"),
+    "short": ("Is the {x} there?", "Do you hear the {x}?"),
+}
+PRESENCE_ANSWERS: dict[bool, tuple[str, ...]] = {
+    True: ("Yes.", "Yes, the {x} can be heard."),
+    False: ("No.", "No, the {x} cannot be heard."),
+}
