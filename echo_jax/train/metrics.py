@@ -7,7 +7,6 @@ on the clock.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -84,8 +83,7 @@ class MetricWriter:
         self._active = active
         self._stream = stream or sys.stdout
         self._started = time.monotonic()
-        self._files: dict[str, IO[str]] = {}
-        self._open_files = contextlib.ExitStack()
+        self._workdir = workdir
         self._board: Any = None
         if active:
             # Here, because evaluation and tests that only read metrics need no TensorBoard.
@@ -94,8 +92,6 @@ class MetricWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, TIMINGS_FILE):
                 truncate_beyond(workdir / name, first_step)
-                file = self._open_files.enter_context(open(workdir / name, "a", encoding="utf-8"))
-                self._files[name] = file
             self._board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
             )
@@ -126,9 +122,9 @@ class MetricWriter:
             record["ids"] = ids
         timing_record = {"step": step, **{name: float(value) for name, value in timings.items()}}
         for name, line in ((METRICS_FILE, record), (TIMINGS_FILE, timing_record)):
-            self._files[name].write(json.dumps(line) + "\n")
-            # A killed process loses what it has not handed to the system.
-            self._files[name].flush()
+            # Opened anew each time: a killed process loses nothing, and a full disk shows at once.
+            with open(self._workdir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         for name, value in {
             **metrics,
             **{f"timings/{name}": value for name, value in timings.items()},
@@ -150,7 +146,6 @@ class MetricWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._open_files.close()
         if self._board is not None:
             self._board.close()
             self._board = None
