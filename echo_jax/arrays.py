@@ -116,7 +116,9 @@ def init_params(specs: Any, key: jax.Array) -> Params:
     return map_with_path(init, specs)
 
 
-def abstract_params(specs: Any, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Any:
+def abstract_params(
+    specs: Any, mesh: Mesh | None = None, rules: ShardingRules | None = None
+) -> Any:
     """Returns `jax.ShapeDtypeStruct` leaves, with shardings when a mesh and rules are given."""
 
     def abstract(path: str, spec: ArraySpec) -> jax.ShapeDtypeStruct:

@@ -18,17 +18,28 @@ _LAYER_NORM_EPS = 1e-5
 
 def param_specs(config: AudioConfig) -> dict:
     """Declares the tower's arrays."""
-    n, d, h, k, f = config.num_layers, config.d_model, config.num_heads, config.head_dim, config.ffn_dim
+    n, d, h, k, f = (
+        config.num_layers,
+        config.d_model,
+        config.num_heads,
+        config.head_dim,
+        config.ffn_dim,
+    )
 
     def norm(*lead: int) -> dict:
         axes = ("layers",) * len(lead) + ("embed",)
-        return {"scale": ArraySpec((*lead, d), axes, "ones"), "bias": ArraySpec((*lead, d), axes, "zeros")}
+        return {
+            "scale": ArraySpec((*lead, d), axes, "ones"),
+            "bias": ArraySpec((*lead, d), axes, "zeros"),
+        }
 
     qkv_kernel = ArraySpec((n, d, h, k), ("layers", "embed", "heads", "head_dim"), "fan_in", (1,))
     qkv_bias = ArraySpec((n, h, k), ("layers", "heads", "head_dim"), "zeros")
     return {
         "conv1": {
-            "kernel": ArraySpec((3, config.num_mel_bins, d), (None, None, "embed"), "fan_in", (0, 1)),
+            "kernel": ArraySpec(
+                (3, config.num_mel_bins, d), (None, None, "embed"), "fan_in", (0, 1)
+            ),
             "bias": ArraySpec((d,), ("embed",), "zeros"),
         },
         "conv2": {
@@ -41,7 +52,9 @@ def param_specs(config: AudioConfig) -> dict:
             "k": {"kernel": qkv_kernel},
             "v": {"kernel": qkv_kernel, "bias": qkv_bias},
             "o": {
-                "kernel": ArraySpec((n, h, k, d), ("layers", "heads", "head_dim", "embed"), "fan_in", (1, 2)),
+                "kernel": ArraySpec(
+                    (n, h, k, d), ("layers", "heads", "head_dim", "embed"), "fan_in", (1, 2)
+                ),
                 "bias": ArraySpec((n, d), ("layers", "embed"), "zeros"),
             },
             "mlp_norm": norm(n),
@@ -60,7 +73,9 @@ def param_specs(config: AudioConfig) -> dict:
             "bias": ArraySpec((config.output_dim,), ("embed",), "zeros"),
         },
         # Present in released checkpoints and read by no forward pass; kept so that an export is complete.
-        "audio_bos_eos": {"embedding": ArraySpec((2, config.output_dim), (None, "embed"), "normal")},
+        "audio_bos_eos": {
+            "embedding": ArraySpec((2, config.output_dim), (None, "embed"), "normal")
+        },
     }
 
 
@@ -88,7 +103,9 @@ def _conv3(params: Params, x_wtc: jax.Array, stride: int) -> jax.Array:
     return sum(taps, start=params["bias"])
 
 
-def encode_windows(config: AudioConfig, params: Params, mel_wfm: jax.Array, num_frames_w: jax.Array) -> jax.Array:
+def encode_windows(
+    config: AudioConfig, params: Params, mel_wfm: jax.Array, num_frames_w: jax.Array
+) -> jax.Array:
     """Encodes independent windows.
 
     Args:
@@ -115,7 +132,9 @@ def encode_windows(config: AudioConfig, params: Params, mel_wfm: jax.Array, num_
         q = jnp.einsum("wtd,dhk->wthk", y, p["q"]["kernel"]) + p["q"]["bias"]
         k = jnp.einsum("wtd,dhk->wthk", y, p["k"]["kernel"])
         v = jnp.einsum("wtd,dhk->wthk", y, p["v"]["kernel"]) + p["v"]["bias"]
-        scores = jnp.einsum("wqhk,wshk->whqs", q * config.head_dim**-0.5, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "wqhk,wshk->whqs", q * config.head_dim**-0.5, k, preferred_element_type=jnp.float32
+        )
         weights = jax.nn.softmax(scores + key_bias, axis=-1).astype(dtype)
         attended = jnp.einsum("whqs,wshk->wqhk", weights, v)
         x = x + jnp.einsum("wqhk,hkd->wqd", attended, p["o"]["kernel"]) + p["o"]["bias"]
@@ -126,10 +145,14 @@ def encode_windows(config: AudioConfig, params: Params, mel_wfm: jax.Array, num_
     x, _ = jax.lax.scan(layer, x, params["layers"])
     windows = x.shape[0]
     pooled = x.reshape(windows, config.window_tokens, 2, config.d_model).mean(axis=2)
-    return _layer_norm(params["ln_post"], pooled) @ params["proj"]["kernel"] + params["proj"]["bias"]
+    return (
+        _layer_norm(params["ln_post"], pooled) @ params["proj"]["kernel"] + params["proj"]["bias"]
+    )
 
 
-def encode_clips(config: AudioConfig, params: Params, mel_cfm: jax.Array, num_frames_c: jax.Array) -> jax.Array:
+def encode_clips(
+    config: AudioConfig, params: Params, mel_cfm: jax.Array, num_frames_c: jax.Array
+) -> jax.Array:
     """Encodes clips of equal buffer length.
 
     Args:

@@ -31,11 +31,15 @@ class AudioConfig:
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads:
-            raise ValueError(f"audio d_model {self.d_model} is not a multiple of its {self.num_heads} heads")
+            raise ValueError(
+                f"audio d_model {self.d_model} is not a multiple of its {self.num_heads} heads"
+            )
         if self.d_model % 2:
             raise ValueError(f"audio d_model {self.d_model} must be even (sinusoidal positions)")
         if self.half_window % 2:
-            raise ValueError(f"audio n_window {self.half_window} must be even: tokens pool pairs inside a window")
+            raise ValueError(
+                f"audio n_window {self.half_window} must be even: tokens pool pairs inside a window"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -69,7 +73,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads")
+            raise ValueError(
+                f"{self.num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even (rotary positions)")
 
@@ -104,9 +110,18 @@ class ThinkerConfig:
                 f"audio_config.output_dim {self.audio.output_dim} differs from text_config.hidden_size "
                 f"{self.text.hidden_size}: audio embeddings would not fit among token embeddings"
             )
-        for name in ("im_start_id", "im_end_id", "audio_token_id", "audio_bos_id", "audio_eos_id", "pad_id"):
+        for name in (
+            "im_start_id",
+            "im_end_id",
+            "audio_token_id",
+            "audio_bos_id",
+            "audio_eos_id",
+            "pad_id",
+        ):
             if not 0 <= getattr(self, name) < self.text.vocab_size:
-                raise ValueError(f"{name} {getattr(self, name)} lies outside the vocabulary of {self.text.vocab_size}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)} lies outside the vocabulary of {self.text.vocab_size}"
+                )
 
     @staticmethod
     def from_hf(source: Mapping[str, Any] | str | os.PathLike[str]) -> "ThinkerConfig":
@@ -126,8 +141,11 @@ class ThinkerConfig:
         assert isinstance(source, Mapping)
         root = source.get("thinker_config", source)
         if "audio_config" not in root or "text_config" not in root:
-            raise ValueError(f"{name} has no audio_config and text_config: not a Qwen2.5-Omni thinker")
+            raise ValueError(
+                f"{name} has no audio_config and text_config: not a Qwen2.5-Omni thinker"
+            )
         audio, text = root["audio_config"], root["text_config"]
+        _check_supported(name, audio, text)
         try:
             rope = text.get("rope_parameters") or {}
             audio_config = AudioConfig(
@@ -151,18 +169,25 @@ class ThinkerConfig:
                 ffn_dim=text["intermediate_size"],
                 rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 1_000_000.0),
                 rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-                tie_embeddings=bool(text.get("tie_word_embeddings", False)),
+                # The thinker's own field governs in transformers; text_config repeats it, and may contradict it.
+                tie_embeddings=bool(
+                    root.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+                ),
             )
             return ThinkerConfig(
                 audio=audio_config,
                 text=text_config,
                 im_start_id=root.get("im_start_token_id", QWEN_IM_START_ID),
                 im_end_id=root.get("im_end_token_id", QWEN_IM_END_ID),
-                audio_token_id=root.get("audio_token_id", root.get("audio_token_index", QWEN_AUDIO_ID)),
+                audio_token_id=root.get(
+                    "audio_token_id", root.get("audio_token_index", QWEN_AUDIO_ID)
+                ),
                 audio_bos_id=root.get("audio_start_token_id", QWEN_AUDIO_BOS_ID),
                 audio_eos_id=root.get("audio_end_token_id", QWEN_AUDIO_EOS_ID),
                 pad_id=QWEN_PAD_ID if root.get("pad_token_id") is None else root["pad_token_id"],
-                vision_json=json.dumps(root.get("vision_config") or _MINIMAL_VISION, sort_keys=True),
+                vision_json=json.dumps(
+                    root.get("vision_config") or _MINIMAL_VISION, sort_keys=True
+                ),
             )
         except KeyError as error:
             raise ValueError(f"{name} lacks the field {error.args[0]!r}") from error
@@ -175,7 +200,11 @@ class ThinkerConfig:
         # With audio and text only the three M-RoPE axes carry equal positions, so any split that sums to half the
         # head size means ordinary RoPE; the proportions are those of the released checkpoints (16:24:24).
         mrope_section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-        rope = {"rope_type": "default", "rope_theta": self.text.rope_theta, "mrope_section": mrope_section}
+        rope = {
+            "rope_type": "default",
+            "rope_theta": self.text.rope_theta,
+            "mrope_section": mrope_section,
+        }
         return {
             "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
             "model_type": "qwen2_5_omni_thinker",
@@ -236,6 +265,26 @@ class ThinkerConfig:
         if vocab_size is not None:
             text = dataclasses.replace(text, vocab_size=vocab_size)
         return ThinkerConfig(audio=audio, text=text, **special_ids)
+
+
+def _check_supported(name: str, audio: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError on settings that change the mathematics and that no Qwen2.5-Omni checkpoint uses."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    found = {
+        "audio_config.activation_function": (audio.get("activation_function", "gelu"), ("gelu",)),
+        "text_config.hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
+        "text_config.use_sliding_window": (bool(text.get("use_sliding_window")), (False,)),
+        # "mrope" is the older name of the default with an mrope_section.
+        "text_config rope type": (
+            rope.get("rope_type") or rope.get("type") or "default",
+            ("default", "mrope"),
+        ),
+    }
+    for field, (value, supported) in found.items():
+        if value not in supported:
+            raise ValueError(
+                f"{name}: {field} is {value!r}, which is not supported (only {supported[0]!r})"
+            )
 
 
 _PRESETS: dict[str, tuple[AudioConfig, TextConfig]] = {

@@ -29,7 +29,9 @@ def param_specs(config: TextConfig) -> dict:
 
     def projection(heads: int, axis: str) -> dict:
         return {
-            "kernel": ArraySpec((n, e, heads, k), ("layers", "embed", axis, "head_dim"), "fan_in", (1,)),
+            "kernel": ArraySpec(
+                (n, e, heads, k), ("layers", "embed", axis, "head_dim"), "fan_in", (1,)
+            ),
             "bias": ArraySpec((n, heads, k), ("layers", axis, "head_dim"), "zeros"),
         }
 
@@ -41,7 +43,11 @@ def param_specs(config: TextConfig) -> dict:
             "q": projection(h, "heads"),
             "k": projection(g, "kv_heads"),
             "v": projection(g, "kv_heads"),
-            "o": {"kernel": ArraySpec((n, h, k, e), ("layers", "heads", "head_dim", "embed"), "fan_in", (1, 2))},
+            "o": {
+                "kernel": ArraySpec(
+                    (n, h, k, e), ("layers", "heads", "head_dim", "embed"), "fan_in", (1, 2)
+                )
+            },
             "mlp_norm": {"scale": ArraySpec((n, e), ("layers", "embed"), "ones")},
             "gate": {"kernel": mlp_in},
             "up": {"kernel": mlp_in},
@@ -50,7 +56,9 @@ def param_specs(config: TextConfig) -> dict:
         "final_norm": {"scale": ArraySpec((e,), ("embed",), "ones")},
     }
     if not config.tie_embeddings:
-        specs["lm_head"] = {"kernel": ArraySpec((e, config.vocab_size), ("embed", "vocab"), "fan_in", (0,))}
+        specs["lm_head"] = {
+            "kernel": ArraySpec((e, config.vocab_size), ("embed", "vocab"), "fan_in", (0,))
+        }
     return specs
 
 
@@ -66,17 +74,23 @@ class KVCache(struct.PyTreeNode):
     length: jax.Array  # i32[B]
 
     @staticmethod
-    def spec(config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> ArraySpec:
+    def spec(
+        config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> ArraySpec:
         """Declares one of the two buffers."""
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
         axes = ("layers", "batch", None, "kv_heads", "head_dim")
         return ArraySpec(shape, axes, "zeros", dtype=dtype)
 
     @staticmethod
-    def empty(config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32) -> "KVCache":
+    def empty(
+        config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> "KVCache":
         """Returns a cache that holds nothing yet."""
         shape = KVCache.spec(config, batch, slots).shape
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        return KVCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32)
+        )
 
 
 def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
@@ -99,7 +113,9 @@ def _rotate(x_bthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x_bthk.dtype)
 
 
-def attention(q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, mask_bts: jax.Array) -> jax.Array:
+def attention(
+    q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, mask_bts: jax.Array
+) -> jax.Array:
     """Grouped-query attention with an explicit mask (True = may attend); softmax in float32; [B, T, H, head_dim]."""
     b, t, h, k = q_bthk.shape
     groups = k_bsgk.shape[2]
@@ -126,7 +142,9 @@ def _decoder_layer(
     attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
     x = x + jnp.einsum("bthk,hke->bte", attended, p["o"]["kernel"])
     y = rms_norm(p["mlp_norm"]["scale"], x, config.rms_norm_eps)
-    return x + (jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    return (
+        x + (jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    )
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
@@ -137,8 +155,12 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     """Logits in float32 from final hidden states; [..., hidden_size] -> f32[..., vocab_size]."""
     if "lm_head" in params:
-        return jnp.einsum("...e,ev->...v", hidden, params["lm_head"]["kernel"], preferred_element_type=jnp.float32)
-    return jnp.einsum("...e,ve->...v", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...e,ev->...v", hidden, params["lm_head"]["kernel"], preferred_element_type=jnp.float32
+        )
+    return jnp.einsum(
+        "...e,ve->...v", hidden, params["embed"]["embedding"], preferred_element_type=jnp.float32
+    )
 
 
 def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = False) -> jax.Array:
@@ -159,7 +181,9 @@ def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = 
     causal = jnp.tril(jnp.ones((1, length, length), bool))
 
     def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        return _decoder_layer(config, p, x, cos, sin, functools.partial(attention, mask_bts=causal)), None
+        return _decoder_layer(
+            config, p, x, cos, sin, functools.partial(attention, mask_bts=causal)
+        ), None
 
     x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_ble, params["layers"])
     return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
@@ -172,8 +196,9 @@ def extend(
     x_bte: jax.Array,
     num_new_b: jax.Array,
     visible_slots: int | None = None,
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Appends a chunk to each row's cache and runs it.
+    """Appends a chunk to rows of the cache and runs it.
 
     Args:
       config: sizes.
@@ -181,6 +206,8 @@ def extend(
       cache: the rows so far.
       x_bte: [B, T, hidden_size] embeddings of the chunk, right padded.
       num_new_b: i32[B], how many of the T entries are real for each row; 0 leaves a row untouched.
+      rows: i32[B], the cache row of each chunk row when only some rows grow; None means all, in order. A cache row may
+        be named more than once as long as at most one of its chunks is not empty.
       visible_slots: attend to the first so many slots only; at least the longest row after this chunk (an empty cache
         that is much longer than the prompt need not be read while the prompt is prefilled).
 
@@ -191,10 +218,11 @@ def extend(
     slots = cache.k.shape[2]
     visible = slots if visible_slots is None else visible_slots
     offsets = jnp.arange(chunk)
-    positions = cache.length[:, None] + offsets
+    some = rows is not None
+    row_b = rows if rows is not None else jnp.arange(batch)
+    positions = cache.length[row_b][:, None] + offsets
     # Out-of-range writes are dropped: that is how padding leaves the cache alone.
     write_slots = jnp.where(offsets < num_new_b[:, None], positions, slots)
-    rows = jnp.arange(batch)[:, None]
     cos, sin = rotary(positions, config.head_dim, config.rope_theta)
     mask = jnp.arange(visible) <= positions[..., None]
 
@@ -208,9 +236,16 @@ def extend(
             nonlocal keys, values
             # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
             # the scan would copy the cache.
-            keys = keys.at[index, rows, write_slots].set(k.astype(keys.dtype), mode="drop")
-            values = values.at[index, rows, write_slots].set(v.astype(values.dtype), mode="drop")
-            return attention(q, keys[index, :, :visible], values[index, :, :visible], mask)
+            keys = keys.at[index, row_b[:, None], write_slots].set(
+                k.astype(keys.dtype), mode="drop"
+            )
+            values = values.at[index, row_b[:, None], write_slots].set(
+                v.astype(values.dtype), mode="drop"
+            )
+            k_visible, v_visible = keys[index, :, :visible], values[index, :, :visible]
+            if some:
+                k_visible, v_visible = k_visible[row_b], v_visible[row_b]
+            return attention(q, k_visible, v_visible, mask)
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None
@@ -219,4 +254,4 @@ def extend(
         layer, (x_bte, cache.k, cache.v), (jnp.arange(config.num_layers), params["layers"])
     )
     hidden = rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
-    return hidden, KVCache(keys, values, cache.length + num_new_b)
+    return hidden, KVCache(keys, values, cache.length.at[row_b].add(num_new_b))

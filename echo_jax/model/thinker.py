@@ -31,7 +31,9 @@ def param_specs(config: ThinkerConfig) -> dict:
     }
 
 
-def encode_audio(config: ThinkerConfig, params: Params, waveforms: jax.Array, num_samples: jax.Array) -> jax.Array:
+def encode_audio(
+    config: ThinkerConfig, params: Params, waveforms: jax.Array, num_samples: jax.Array
+) -> jax.Array:
     """Waveforms to audio embeddings.
 
     Args:
@@ -43,11 +45,15 @@ def encode_audio(config: ThinkerConfig, params: Params, waveforms: jax.Array, nu
     Returns:
       [C, T, hidden_size]; the first `frontend.num_audio_tokens(num_samples)` entries of a clip are its tokens.
     """
-    mel = frontend.log_mel(waveforms, num_samples)
-    return audio_tower.encode_clips(config.audio, params["audio_tower"], mel, frontend.num_frames(num_samples))
+    mel = frontend.log_mel(waveforms, num_samples, config.audio.num_mel_bins)
+    return audio_tower.encode_clips(
+        config.audio, params["audio_tower"], mel, frontend.num_frames(num_samples)
+    )
 
 
-def merge_audio(x_ble: jax.Array, audio_cte: jax.Array, num_tokens: jax.Array, row: jax.Array, start: jax.Array) -> jax.Array:
+def merge_audio(
+    x_ble: jax.Array, audio_cte: jax.Array, num_tokens: jax.Array, row: jax.Array, start: jax.Array
+) -> jax.Array:
     """Writes clips' embeddings over the embeddings of their <|AUDIO|> tokens."""
     length = x_ble.shape[1]
     offsets = jnp.arange(audio_cte.shape[1])
@@ -55,12 +61,16 @@ def merge_audio(x_ble: jax.Array, audio_cte: jax.Array, num_tokens: jax.Array, r
     return x_ble.at[row[:, None], columns].set(audio_cte.astype(x_ble.dtype), mode="drop")
 
 
-def embed_tokens(config: ThinkerConfig, params: Params, tokens: jax.Array, clips: tuple[AudioClips, ...]) -> jax.Array:
+def embed_tokens(
+    config: ThinkerConfig, params: Params, tokens: jax.Array, clips: tuple[AudioClips, ...]
+) -> jax.Array:
     """Embeds rows of tokens and puts the sound in; i32[B, L] -> [B, L, hidden_size]."""
     x = language_model.embed(params["language_model"], tokens)
     for group in clips:
         audio = encode_audio(config, params, group.waveforms, group.num_samples)
-        x = merge_audio(x, audio, frontend.num_audio_tokens(group.num_samples), group.row, group.start)
+        x = merge_audio(
+            x, audio, frontend.num_audio_tokens(group.num_samples), group.row, group.start
+        )
     return x
 
 
@@ -80,7 +90,9 @@ def forward(
     config: ThinkerConfig, params: Params, tokens: jax.Array, clips: tuple[AudioClips, ...] = ()
 ) -> jax.Array:
     """Logits of whole right-padded rows; i32[B, L] -> f32[B, L, vocab_size]."""
-    return language_model.unembed(params["language_model"], forward_hidden(config, params, tokens, clips))
+    return language_model.unembed(
+        params["language_model"], forward_hidden(config, params, tokens, clips)
+    )
 
 
 def prefill(
@@ -119,7 +131,9 @@ def extend(
     visible_slots: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Appends a chunk of embeddings; returns f32[B, vocab_size] logits after each row's last new entry."""
-    hidden, cache = language_model.extend(config.text, params["language_model"], cache, x_bte, num_new, visible_slots)
+    hidden, cache = language_model.extend(
+        config.text, params["language_model"], cache, x_bte, num_new, visible_slots
+    )
     last = jnp.maximum(num_new - 1, 0)
     last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return language_model.unembed(params["language_model"], last_hidden), cache
