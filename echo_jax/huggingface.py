@@ -1,0 +1,506 @@
+"""Hugging Face checkpoints <-> the parameter pytree, tensor by tensor, both ways.
+
+`_RULES` says for each array of the tree which checkpoint tensor it is (one a layer for stacked arrays). Reading,
+writing, the expected shapes and the check that nothing is missing, unknown or matched twice all follow from it and
+from the declarations in `thinker.param_specs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from echo_jax.arrays import ArraySpec, Params, is_spec
+from echo_jax.model import frontend, thinker
+from echo_jax.model.config import ThinkerConfig
+
+Layout = Literal["same", "linear", "conv"]
+"""How a checkpoint tensor relates to our array (of one layer).
+
+same: equal up to merging the head dimensions. linear: torch's [out, in]; ours has the contracted dimensions
+first. conv: torch's [out, in, time]; ours is [time, in, out].
+"""
+
+# Path in the parameter tree -> tensor name, with {} for the layer of a stacked array.
+_RULES: dict[str, str] = {
+    "audio_tower/conv1/kernel": "audio_tower.conv1.weight",
+    "audio_tower/conv1/bias": "audio_tower.conv1.bias",
+    "audio_tower/conv2/kernel": "audio_tower.conv2.weight",
+    "audio_tower/conv2/bias": "audio_tower.conv2.bias",
+    "audio_tower/layers/attn_norm/scale": "audio_tower.layers.{}.self_attn_layer_norm.weight",
+    "audio_tower/layers/attn_norm/bias": "audio_tower.layers.{}.self_attn_layer_norm.bias",
+    "audio_tower/layers/q/kernel": "audio_tower.layers.{}.self_attn.q_proj.weight",
+    "audio_tower/layers/q/bias": "audio_tower.layers.{}.self_attn.q_proj.bias",
+    "audio_tower/layers/k/kernel": "audio_tower.layers.{}.self_attn.k_proj.weight",
+    "audio_tower/layers/v/kernel": "audio_tower.layers.{}.self_attn.v_proj.weight",
+    "audio_tower/layers/v/bias": "audio_tower.layers.{}.self_attn.v_proj.bias",
+    "audio_tower/layers/o/kernel": "audio_tower.layers.{}.self_attn.out_proj.weight",
+    "audio_tower/layers/o/bias": "audio_tower.layers.{}.self_attn.out_proj.bias",
+    "audio_tower/layers/mlp_norm/scale": "audio_tower.layers.{}.final_layer_norm.weight",
+    "audio_tower/layers/mlp_norm/bias": "audio_tower.layers.{}.final_layer_norm.bias",
+    "audio_tower/layers/fc1/kernel": "audio_tower.layers.{}.fc1.weight",
+    "audio_tower/layers/fc1/bias": "audio_tower.layers.{}.fc1.bias",
+    "audio_tower/layers/fc2/kernel": "audio_tower.layers.{}.fc2.weight",
+    "audio_tower/layers/fc2/bias": "audio_tower.layers.{}.fc2.bias",
+    "audio_tower/ln_post/scale": "audio_tower.ln_post.weight",
+    "audio_tower/ln_post/bias": "audio_tower.ln_post.bias",
+    "audio_tower/proj/kernel": "audio_tower.proj.weight",
+    "audio_tower/proj/bias": "audio_tower.proj.bias",
+    "audio_tower/audio_bos_eos/embedding": "audio_tower.audio_bos_eos_token.weight",
+    "language_model/embed/embedding": "model.embed_tokens.weight",
+    "language_model/layers/attn_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "language_model/layers/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "language_model/layers/q/bias": "model.layers.{}.self_attn.q_proj.bias",
+    "language_model/layers/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "language_model/layers/k/bias": "model.layers.{}.self_attn.k_proj.bias",
+    "language_model/layers/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "language_model/layers/v/bias": "model.layers.{}.self_attn.v_proj.bias",
+    "language_model/layers/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "language_model/layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "language_model/layers/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "language_model/layers/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "language_model/layers/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "language_model/final_norm/scale": "model.norm.weight",
+    "language_model/lm_head/kernel": "lm_head.weight",
+}
+
+# A whole Omni checkpoint prefixes the thinker's tensors; a thinker alone does not.
+_THINKER_PREFIX = "thinker."
+_IGNORED_PREFIXES = ("thinker.visual.", "visual.", "talker.", "token2wav.")
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_SMALL_FILES = ("*.json", "merges.txt", "*.jinja")
+
+
+class SavableTokenizer(Protocol):
+    """What `save_pretrained` needs of a tokenizer."""
+
+    def save(self, directory: Path) -> object:
+        """Writes the tokenizer's files into a directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint and its place in the parameter tree.
+
+    Attributes:
+      key: name in a thinker-only checkpoint.
+      path: keys of the leaf in the tree.
+      layer: index along the leaf's first axis, or None when the leaf is not stacked.
+      layout: how the tensor is laid out, see `Layout`.
+      shape: shape of the leaf without its layer axis.
+      shape_on_disk: shape of the checkpoint tensor.
+    """
+
+    key: str
+    path: tuple[str, ...]
+    layer: int | None
+    layout: Layout
+    shape: tuple[int, ...]
+    shape_on_disk: tuple[int, ...]
+
+    def from_disk(self, tensor: np.ndarray) -> np.ndarray:
+        """Checkpoint tensor -> (a view as) one layer of our leaf."""
+        if self.layout == "conv":
+            return tensor.transpose(2, 1, 0)
+        if self.layout == "linear":
+            tensor = tensor.T
+        return tensor.reshape(self.shape)
+
+    def to_disk(self, array: np.ndarray) -> np.ndarray:
+        """One layer of our leaf -> contiguous checkpoint tensor."""
+        if self.layout == "conv":
+            array = array.transpose(2, 1, 0)
+        elif self.layout == "linear":
+            array = array.reshape(self.shape_on_disk[::-1]).T
+        return np.ascontiguousarray(array).reshape(self.shape_on_disk)
+
+
+def tensors(config: ThinkerConfig) -> dict[str, Tensor]:
+    """Every tensor of a thinker-only checkpoint, by key, in the order of the parameter tree.
+
+    Raises:
+      KeyError: an array of the tree has no rule here (a programming error).
+    """
+    table: dict[str, Tensor] = {}
+    for path, spec in _leaves(thinker.param_specs(config)):
+        template, layout = _RULES["/".join(path)], _layout(path)
+        stacked = spec.logical_axes[0] == "layers"
+        shape = spec.shape[1:] if stacked else spec.shape
+        for layer in range(spec.shape[0]) if stacked else (None,):
+            key = template if layer is None else template.format(layer)
+            assert key not in table, f"two arrays claim {key}"
+            on_disk = _shape_on_disk(spec, shape, layout, stacked)
+            table[key] = Tensor(key, path, layer, layout, shape, on_disk)
+    return table
+
+
+def _layout(path: tuple[str, ...]) -> Layout:
+    if path[-1] != "kernel":
+        return "same"
+    return "conv" if path[-2] in ("conv1", "conv2") else "linear"
+
+
+def _leaves(specs: Any) -> Iterator[tuple[tuple[str, ...], ArraySpec]]:
+    for path, spec in jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)[0]:
+        yield tuple(str(entry.key) for entry in path), spec
+
+
+def _shape_on_disk(
+    spec: ArraySpec, shape: tuple[int, ...], layout: Layout, stacked: bool
+) -> tuple[int, ...]:
+    if layout == "conv":
+        return shape[::-1]
+    if layout == "linear":
+        contracted = [axis - stacked for axis in spec.fan_in_axes]
+        inputs = math.prod(shape[axis] for axis in contracted)
+        return (math.prod(shape) // inputs, inputs)
+    # Heads and their size are one dimension on disk.
+    heads = spec.logical_axes[-2:] in (("heads", "head_dim"), ("kv_heads", "head_dim"))
+    return (*shape[:-2], shape[-2] * shape[-1]) if heads else shape
+
+
+# ---------------------------------------------------------------------------------------------- find
+
+
+def resolve(path_or_repo_id: str | os.PathLike[str]) -> Path:
+    """Finds the model directory behind a path or a repository id.
+
+    Args:
+      path_or_repo_id: a model directory; the workdir of a finished training stage (its `export` is meant); or
+        `owner/name` on the Hugging Face hub, of which the thinker's shards and the small files are downloaded.
+
+    Returns:
+      A directory that holds config.json.
+
+    Raises:
+      FileNotFoundError: nothing there, or no model in it; one line that names the path.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "export"):
+            if (candidate / "config.json").is_file():
+                return candidate
+        raise FileNotFoundError(
+            f"{path} holds no model: neither config.json nor export/config.json "
+            "(a training workdir has export/ once its stage has finished)"
+        )
+    if path.exists():
+        raise FileNotFoundError(
+            f"{path} is a file; give the model directory that holds config.json"
+        )
+    name = str(path_or_repo_id)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
+        return _download(name)
+    raise FileNotFoundError(
+        f"{name}: no such directory, and not a repository id of the form owner/name"
+    )
+
+
+def _download(repo_id: str) -> Path:
+    """Downloads (or finds in the cache) the parts of a hub repository that a thinker needs."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(*patterns: str) -> Path:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(patterns)))
+
+    try:
+        directory = fetch(*_SMALL_FILES)
+        index = directory / _INDEX_FILE
+        directory = (
+            fetch(*_needed_shards(index), *_SMALL_FILES)
+            if index.is_file()
+            else fetch(_SINGLE_FILE, *_SMALL_FILES)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{repo_id}: no such directory, and the Hugging Face hub did not give it "
+            f"(offline, gated or misspelt?): {reason}"
+        ) from error
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{repo_id}: the repository has no config.json")
+    return directory
+
+
+def _needed_shards(index: Path) -> list[str]:
+    """Shard files of an index that hold at least one tensor of the thinker."""
+    return sorted({file for key, file in _weight_map(index).items() if not _is_ignored(key)})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        return dict(content["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} is not a safetensors index (no weight_map): {error!r}"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- load
+
+
+def load_pretrained(
+    path_or_repo_id: str | os.PathLike[str], dtype: Any = np.float32
+) -> tuple[ThinkerConfig, Params]:
+    """Reads a checkpoint: a whole Omni model or a thinker alone, one safetensors file or shards with an index.
+
+    Tensors are read one at a time into the stacked arrays, so the peak is the parameters plus one tensor.
+
+    Args:
+      path_or_repo_id: see `resolve`.
+      dtype: dtype of the returned arrays.
+
+    Returns:
+      The configuration and the parameter tree, numpy arrays.
+
+    Raises:
+      FileNotFoundError: no model, or a shard is missing.
+      ValueError: a tensor is missing, unknown, present twice or of the wrong shape; the message names it.
+    """
+    directory = resolve(path_or_repo_id)
+    config = ThinkerConfig.from_hf(directory / "config.json")
+    table = tensors(config)
+    params = _empty_like(thinker.param_specs(config), dtype)
+    seen: dict[str, tuple[Path, str]] = {}
+    for file, key in _stored_keys(directory):
+        if _is_ignored(key):
+            continue
+        bare = key.removeprefix(_THINKER_PREFIX)
+        if bare not in table:
+            raise ValueError(_unknown_key(file, key, bare, config))
+        if bare in seen:
+            first, second = (f"{f.name}:{k}" for f, k in (seen[bare], (file, key)))
+            raise ValueError(f"{directory}: {bare} is present twice, as {first} and as {second}")
+        seen[bare] = (file, key)
+    missing = [key for key in table if key not in seen]
+    if missing:
+        raise ValueError(
+            f"{directory}: {len(missing)} of {len(table)} tensors are missing, the first is {missing[0]}"
+        )
+    _fill(params, table, seen)
+    return config, params
+
+
+def _fill(
+    params: Params, table: Mapping[str, Tensor], places: Mapping[str, tuple[Path, str]]
+) -> None:
+    by_file: dict[Path, list[tuple[str, Tensor]]] = {}
+    for bare, (path, key) in places.items():
+        by_file.setdefault(path, []).append((key, table[bare]))
+    for path, wanted in by_file.items():
+        with _open(path) as file:
+            for key, tensor in wanted:
+                shape = tuple(file.get_slice(key).get_shape())
+                if shape != tensor.shape_on_disk:
+                    raise ValueError(
+                        f"{path}: {key} has shape {shape}, config.json asks for {tensor.shape_on_disk}"
+                    )
+                leaf = _leaf(params, tensor.path)
+                target = leaf if tensor.layer is None else leaf[tensor.layer]
+                target[...] = tensor.from_disk(file.get_tensor(key))
+
+
+def _stored_keys(directory: Path) -> Iterator[tuple[Path, str]]:
+    """All (file, key) of a checkpoint; with an index, only files that hold tensors of the thinker are opened."""
+    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise ValueError(
+            f"{directory} holds both {_SINGLE_FILE} and {_INDEX_FILE}: remove the stale one"
+        )
+    if single.is_file():
+        with _open(single) as file:
+            stored = list(file.keys())
+        yield from ((single, key) for key in stored)
+        return
+    if not index.is_file():
+        raise FileNotFoundError(f"{directory} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}")
+    weight_map = _weight_map(index)
+    for name in _needed_shards(index):
+        listed = {key for key, file_name in weight_map.items() if file_name == name}
+        with _open(directory / name) as file:
+            stored = list(file.keys())
+        for key in sorted(listed - set(stored)):
+            raise ValueError(f"{directory / name} lacks {key}, which {_INDEX_FILE} places there")
+        yield from ((directory / name, key) for key in stored)
+
+
+def _open(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _is_ignored(key: str) -> bool:
+    return key.startswith(_IGNORED_PREFIXES)
+
+
+def _unknown_key(file: Path, key: str, bare: str, config: ThinkerConfig) -> str:
+    why = "the thinker has no such tensor"
+    if bare == "lm_head.weight" and config.text.tie_embeddings:
+        why = "config.json ties the head to the embeddings (tie_word_embeddings), so it must not be there"
+    return f"{file}: unknown tensor {key}: {why}"
+
+
+def _empty_like(specs: Any, dtype: Any) -> Params:
+    return jax.tree.map(lambda spec: np.empty(spec.shape, dtype), specs, is_leaf=is_spec)
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------- save
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    config: ThinkerConfig,
+    params: Params,
+    tokenizer: SavableTokenizer | None = None,
+    max_shard_bytes: int = 4 * 1024**3,
+) -> Path:
+    """Writes a directory that `Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained` loads.
+
+    Keys are those of a thinker alone (no prefix); arrays keep their dtype. One shard is in memory at a time.
+    config.json comes last: a directory that was being written when the process died is not taken for a model.
+
+    Args:
+      directory: made if needed; a model that is already there is replaced.
+      config: sizes, ids.
+      params: the parameter tree, numpy or jax arrays.
+      tokenizer: its files are written too when given.
+      max_shard_bytes: tensors beyond this go to further files, with an index.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ValueError: params does not have the tree or the shapes that config declares; the message names the array.
+    """
+    directory = Path(directory)
+    table = tensors(config)
+    _check_tree(config, params)
+    shards = _plan_shards(table, params, max_shard_bytes)
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in (
+        directory / "config.json",
+        directory / _INDEX_FILE,
+        *directory.glob("model*.safetensors"),
+    ):
+        stale.unlink(missing_ok=True)
+
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, shard in enumerate(shards, start=1):
+        name = (
+            _SINGLE_FILE
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        content: dict[str, np.ndarray] = {}
+        for key, array in _on_host(shard, params):
+            content[key] = array
+            total_bytes += array.nbytes
+            weight_map[key] = name
+        save_file(content, directory / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        _write_json(
+            directory / _INDEX_FILE,
+            {
+                "metadata": {"total_size": total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            },
+        )
+    _write_json(directory / "generation_config.json", _generation_config(config))
+    _write_json(directory / "preprocessor_config.json", _feature_extractor_config(config))
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    _write_json(directory / "config.json", {**config.to_hf(), "dtype": dtype})
+    return directory
+
+
+def _check_tree(config: ThinkerConfig, params: Params) -> None:
+    wanted = dict(_leaves(thinker.param_specs(config)))
+    found = {
+        tuple(str(entry.key) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    for path in wanted.keys() ^ found.keys():
+        state = "lacks" if path in wanted else "has the unknown"
+        raise ValueError(f"the parameter tree {state} array {'/'.join(path)}")
+    for path, spec in wanted.items():
+        if tuple(found[path].shape) != spec.shape:
+            raise ValueError(
+                f"array {'/'.join(path)} has shape {tuple(found[path].shape)}, the config declares {spec.shape}"
+            )
+
+
+def _plan_shards(
+    table: Mapping[str, Tensor], params: Params, max_shard_bytes: int
+) -> list[list[Tensor]]:
+    """Groups tensors, in order, into shards of at most max_shard_bytes (a larger tensor has its own)."""
+    shards: list[list[Tensor]] = []
+    room = 0
+    for tensor in table.values():
+        size = math.prod(tensor.shape) * _leaf(params, tensor.path).dtype.itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _on_host(shard: list[Tensor], params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a shard; each leaf is fetched from the device once, not once a layer."""
+    fetched: tuple[str, ...] = ()
+    leaf = np.empty(0)
+    for tensor in shard:
+        if tensor.path != fetched:
+            leaf, fetched = np.asarray(jax.device_get(_leaf(params, tensor.path))), tensor.path
+        yield tensor.key, tensor.to_disk(leaf if tensor.layer is None else leaf[tensor.layer])
+
+
+def _generation_config(config: ThinkerConfig) -> dict[str, Any]:
+    return {"eos_token_id": config.im_end_id, "pad_token_id": config.pad_id}
+
+
+def _feature_extractor_config(config: ThinkerConfig) -> dict[str, Any]:
+    """Settings of transformers' WhisperFeatureExtractor under which it gives our log-mel."""
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "sampling_rate": frontend.SAMPLE_RATE,
+        "feature_size": config.audio.num_mel_bins,
+        "n_fft": frontend.FFT_SAMPLES,
+        "hop_length": frontend.HOP_SAMPLES,
+        "chunk_length": frontend.MAX_CLIP_SAMPLES // frontend.SAMPLE_RATE,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+    }
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
