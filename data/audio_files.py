@@ -15,7 +15,15 @@ SILENCE_PEAK = 1e-5  # -100 dB full scale: below the last bit of 16-bit audio
 class AudioFileError(ValueError):
     """A file that cannot be used. `path` names it, `reason` is one of `REASONS`."""
 
-    REASONS = ("missing", "unreadable", "empty", "silent", "overlong", "non-finite")
+    REASONS = (
+        "missing",
+        "unreadable",
+        "empty",
+        "silent",
+        "overlong",
+        "non-finite",
+        "truncated",
+    )
 
     def __init__(self, path: Path | str, reason: str, detail: str = ""):
         self.path = str(path)

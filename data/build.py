@@ -1,0 +1,72 @@
+"""Make a data set: scenes as audio files with strong labels, then EAQA records about them.
+
+    python -m data.build --config=configs/scenes.py:tiny --root=DIR [--config.questions.per_scene=3 …]
+
+Running it again continues: audio files and records that exist are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from data import eaqa_builder, scenes
+from data.audio_store import TooManyBadFiles
+from data.questions import QuestionConfig
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to make, e.g. configs/scenes.py:tiny"
+)
+ROOT = flags.DEFINE_string("root", None, "Folder to write to.")
+
+
+def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Write the scenes and records of `config` under `root`.
+
+    Returns:
+      {"scenes": {"written", "kept"}, "records": {split: count}, "skipped": count, "directory": of the records}.
+
+    Raises:
+      ValueError: a config field is wrong, or `root` holds another config's scenes.
+      TooManySkipped: more files than `config["max_bad_fraction"]` are unusable.
+    """
+    scene_config = scenes.SceneConfig.from_mapping(config["scenes"])
+    questions = QuestionConfig.from_mapping(config["questions"])
+    began = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - began, 1e-6)
+        logging.log_every_n_seconds(logging.INFO, "scenes %d / %d, %.1f/s", 5, done, total, rate)
+
+    written = scenes.write_scenes(scene_config, root, config["num_processes"], progress)
+    made = eaqa_builder.builder(root, questions, config["max_bad_fraction"], config["max_seconds"])
+    counts = eaqa_builder.build_records(made)
+    skipped = root / "skipped.jsonl"
+    lines = skipped.read_text().count("\n") if skipped.exists() else 0
+    return {"scenes": written, "records": counts, "skipped": lines, "directory": made.data_dir}
+
+
+def main(argv: list[str]) -> None:
+    """Command line of `build`."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        result = build(CONFIG.value, Path(ROOT.value))
+    except (ValueError, eaqa_builder.TooManySkipped, TooManyBadFiles) as error:
+        raise SystemExit(f"data.build: {error}") from None
+    print(f"scenes: {result['scenes']['written']} written, {result['scenes']['kept']} kept")
+    print("records: " + ", ".join(f"{split} {n}" for split, n in result["records"].items()))
+    print(
+        f"skipped audio files: {result['skipped']} (named in {Path(ROOT.value) / 'skipped.jsonl'})"
+    )
+    print(f"stored in {result['directory']}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "root"])
+    app.run(main)
