@@ -44,15 +44,14 @@ setup(
     packages=find_packages(include=["echo_jax", "echo_jax.*"]),
     package_dir={"": "."},
     install_requires=[
-        "etils[epath]>=1.9.1",
         "flax>=0.12.8",
         "huggingface_hub>=1.0",
         "jax>=0.10.2,<0.12",
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "regex>=2024.11",
         "safetensors>=0.5",
+        "tokenizers>=0.22",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],

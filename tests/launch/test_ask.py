@@ -1,0 +1,170 @@
+"""launch.ask on a model whose next token is a function of the last one, so that its answer is known."""
+
+import dataclasses
+import itertools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from echo_jax import arrays, huggingface
+from echo_jax.model import thinker
+from echo_jax.model.config import ThinkerConfig
+from echo_jax.sampler import FinishReason, Sampler, SamplingOptions
+from echo_jax.text.tokenizer import Tokenizer
+from launch import ask
+
+# What follows the prompt's last newline, then what follows inserted audio. No token occurs twice with different
+# successors, which is why the last tags are spelled in unusual pieces.
+BEFORE = ["\n", "<", "seg", ">", "0", ",", " ", "1", "</", "seg", ">"]
+AFTER = [" <", "answer", ">\n", "bell", " </", "a", "n", "s", "w", "e", "r", ">\n\n"]
+QUESTION = "Which sound comes first?"
+CHOICES = ["bell", "buzz"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    prompt = f"user\n{QUESTION} bell, buzz. Cite. assistant\n"
+    return Tokenizer.from_qwen_wheel().compact([prompt, *BEFORE, *AFTER])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> pathlib.Path:
+    width = 2 * -(-tokenizer.vocab_size // 2)
+    config = ThinkerConfig.preset(
+        "tiny",
+        vocab_size=tokenizer.vocab_size,
+        im_start_id=tokenizer.im_start_id,
+        im_end_id=tokenizer.im_end_id,
+        audio_token_id=tokenizer.audio_id,
+        audio_bos_id=tokenizer.audio_bos_id,
+        audio_eos_id=tokenizer.audio_eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    config = dataclasses.replace(
+        config,
+        audio=dataclasses.replace(config.audio, output_dim=width),
+        text=dataclasses.replace(config.text, hidden_size=width, tie_embeddings=False),
+    )
+    specs = thinker.param_specs(config)
+    params = arrays.map_with_path(lambda path, spec: np.zeros(spec.shape, np.float32), specs)
+    language = params["language_model"]
+    # All layers add zero, embeddings are one-hot: the head is a table from token to next token.
+    language["embed"]["embedding"] = np.eye(tokenizer.vocab_size, width, dtype=np.float32)
+    language["final_norm"]["scale"] = np.ones(width, np.float32)
+    chain = [[one_id(tokenizer, piece) for piece in part] for part in (BEFORE, AFTER)]
+    chain[1] = [tokenizer.audio_eos_id, *chain[1], tokenizer.im_end_id]
+    for part in chain:
+        for token, following in itertools.pairwise(part):
+            language["lm_head"]["kernel"][token, following] = 1
+    directory = tmp_path_factory.mktemp("model")
+    return huggingface.save_pretrained(directory, config, params, tokenizer)
+
+
+def one_id(tokenizer: Tokenizer, piece: str) -> int:
+    (index,) = tokenizer.encode(piece)
+    return index
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("audio") / "beep.wav"
+    soundfile.write(path, 0.3 * np.sin(np.arange(44_100) / 10), 22_050)
+    return path
+
+
+def arguments(checkpoint: object, recording: object, *more: str) -> list[str]:
+    named = ["--checkpoint", str(checkpoint), "--audio", str(recording), "--question", QUESTION]
+    return [*named, "--max_tokens", "48", *more, "--choices", *CHOICES]
+
+
+def test_prints_reasoning_marks_and_answer(
+    checkpoint: pathlib.Path, recording: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask.main(arguments(checkpoint, recording, "--max_tokens", "64")) == 0
+    out = capsys.readouterr().out
+    assert out == (
+        "<seg>0, 1</seg> [listening again 0.0–1.0 s] <answer>\nbell </answer>\n\n\nAnswer: bell\n"
+    )
+
+
+def test_grounded_inserts_nothing_and_says_why_it_stopped(
+    checkpoint: pathlib.Path, recording: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask.main(arguments(checkpoint, recording, "--format", "grounded")) == 0
+    out = capsys.readouterr().out
+    assert "listening again" not in out
+    assert out.endswith(
+        "[stopped: the budget of 48 tokens is used up]\nAnswer: none of the choices\n"
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 3, 1000])
+def test_stream_does_not_depend_on_the_chunk(
+    checkpoint: pathlib.Path, tokenizer: Tokenizer, steps: int
+) -> None:
+    config, params = huggingface.load_pretrained(checkpoint)
+    options = SamplingOptions(max_response_tokens=64, temperature=0.0, insertion_slots=1)
+    wave = np.sin(np.arange(32_000) / 10).astype(np.float32)
+    prompts = ask.encode_prompt(tokenizer, "tiny", QUESTION, CHOICES, wave)
+    sampler = Sampler(config, tokenizer, options)
+    events = list(ask.stream(sampler, tokenizer, params, prompts, jax.random.key(0), steps))
+    text = "".join(event.text for event in events if isinstance(event, ask.Text))
+    assert text == "<seg>0, 1</seg> <answer>\nbell </answer>\n\n"
+    assert [event for event in events if isinstance(event, ask.Listening)] == [
+        ask.Listening(0.0, 1.0)
+    ]
+    assert events[-1] == ask.Finished(FinishReason.END)
+    before = "".join(e.text for e in events[: events.index(ask.Listening(0.0, 1.0))])
+    assert before == "<seg>0, 1</seg>"
+
+
+def test_mistakes_are_one_line_each(
+    checkpoint: pathlib.Path,
+    recording: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF\x00\x00\x00\x00WAVEjunk")
+    short = tmp_path / "short.wav"
+    soundfile.write(short, np.ones(200) / 2, 16_000)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        "no.wav": arguments(checkpoint, tmp_path / "no.wav"),
+        "broken.wav": arguments(checkpoint, broken),
+        "200 samples": arguments(checkpoint, short),
+        str(empty): arguments(empty, recording),
+        "nowhere": arguments(tmp_path / "nowhere", recording),
+        "temperature": arguments(checkpoint, recording, "--temperature", "-1"),
+    }
+    for named, argv in cases.items():
+        assert ask.main(argv) == 1, named
+        err = capsys.readouterr().err
+        assert named in err
+        assert err.startswith("launch.ask: ")
+        assert err.count("\n") == 1, err
+
+
+def test_bad_flags_are_one_line_each(
+    checkpoint: pathlib.Path, recording: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = arguments(checkpoint, recording)
+    cases = {
+        "at least two": good[:-1],
+        "twice": [*good, "bell"],
+        "empty choice": [*good, " "],
+        "--question is empty": [*good, "--question", " "],
+        "--audio": [part for part in good if part not in ("--audio", str(recording))],
+        "--format": [*good, "--format", "spoken"],
+    }
+    for named, argv in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            ask.main(argv)
+        assert stopped.value.code == 2
+        err = capsys.readouterr().err
+        assert named in err
+        assert err.count("\n") == 1, err
