@@ -100,7 +100,7 @@ class EaqaScenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
-        seconds = tfds.features.Scalar(np.float64)
+        seconds = tfds.features.Scalar(np.float32)
         features = {
             "id": text(doc="Scene, number of the question, kind."),
             "audio_path": text(doc="File, relative to the dataset root."),
@@ -116,7 +116,7 @@ class EaqaScenes(tfds.core.GeneratorBasedBuilder):
                 "label": tfds.features.Sequence(text()),
             },
             "evidence": tfds.features.Tensor(
-                shape=(None, 2), dtype=np.float64, doc="Spans in seconds needed to answer."
+                shape=(None, 2), dtype=np.float32, doc="Spans in seconds needed to answer."
             ),
             "difficulty": tfds.features.Scalar(
                 np.int32, doc="Number of events to tell apart, 0 where unknown."
@@ -161,7 +161,7 @@ def _to_features(record: EaqaRecord) -> dict[str, Any]:
         name: [getattr(event, name) for event in record.events]
         for name in ("start_s", "end_s", "label")
     }
-    row["evidence"] = np.array(record.evidence, np.float64).reshape(-1, 2)
+    row["evidence"] = np.array(record.evidence, np.float32).reshape(-1, 2)
     return row
 
 
@@ -169,19 +169,22 @@ def _from_features(row: dict[str, Any]) -> EaqaRecord:
     def text(value: Any) -> str:
         return value.decode() if isinstance(value, bytes) else str(value)
 
+    def seconds(value: Any) -> float:
+        return round(float(value), 3)  # stored in 32 bits
+
     events = row["events"]
     spans = zip(events["start_s"], events["end_s"], events["label"], strict=True)
     return EaqaRecord(
         id=text(row["id"]),
         audio_path=text(row["audio_path"]),
-        duration_s=float(row["duration_s"]),
+        duration_s=seconds(row["duration_s"]),
         question=text(row["question"]),
         choices=tuple(text(choice) for choice in row["choices"]),
         answer=text(row["answer"]),
         cot=text(row["cot"]),
         kind=text(row["kind"]),
-        events=tuple(Event(float(a), float(b), text(label)) for a, b, label in spans),
-        evidence=tuple((float(a), float(b)) for a, b in row["evidence"]),
+        events=tuple(Event(seconds(a), seconds(b), text(label)) for a, b, label in spans),
+        evidence=tuple((seconds(a), seconds(b)) for a, b in row["evidence"]),
         difficulty=int(row["difficulty"]),
         split=text(row["split"]),
         source=text(row["source"]),

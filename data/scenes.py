@@ -100,7 +100,8 @@ class SceneConfig:
                 f"scenes: {self.num_events[1]} events of up to {longest:g} s with gaps of {self.min_gap_s:g} s "
                 f"need {needed:.1f} s, but duration_s starts at {self.duration_s[0]:g} s; events last >= 0.2 s"
             )
-        if not self.repeat_probability and self.num_events[1] > len(self.class_names):
+        classes = len(self.class_names)
+        if classes < 2 or (not self.repeat_probability and self.num_events[1] > classes):
             raise ValueError("scenes.num_events exceeds the number of classes; allow repeats")
 
     @property
@@ -144,22 +145,16 @@ def _tenths(rng: np.random.Generator, span: tuple[float, float]) -> int:
 
 
 def _draw_labels(config: SceneConfig, rng: np.random.Generator, count: int) -> list[str]:
-    fresh = list(rng.permutation(config.class_names))
+    """Labels in time order; neighbours differ, or they would sound like one event with a pause."""
+    fresh = [str(name) for name in rng.permutation(config.class_names)]
     labels: list[str] = []
     for _ in range(count):
-        if labels and (not fresh or rng.random() < config.repeat_probability):
-            labels.append(labels[rng.integers(len(labels))])
+        repeat = bool(labels) and (not fresh or rng.random() < config.repeat_probability)
+        known = [name for name in dict.fromkeys(labels) if name != labels[-1]]
+        if repeat and known:
+            labels.append(known[rng.integers(len(known))])
         else:
-            labels.append(str(fresh.pop()))
-    # Two neighbours of one class would sound like one event with a pause.
-    for i in range(1, count):
-        if labels[i] == labels[i - 1]:
-            for j in rng.permutation(count):
-                around = labels[max(j - 1, 0) : j] + labels[j + 1 : j + 2]
-                here = labels[i - 1 : i] + labels[i + 1 : i + 2]
-                if labels[j] not in here and labels[i] not in around and abs(i - j) > 1:
-                    labels[i], labels[j] = labels[j], labels[i]
-                    break
+            labels.append(fresh.pop())
     return labels
 
 
@@ -178,7 +173,7 @@ def plan_scene(config: SceneConfig, split: str, index: int) -> ScenePlan:
     if count > 1 and rng.random() < config.overlap_probability:
         i = int(rng.integers(1, count))
         longest = min(lengths[i - 1], lengths[i]) - 1
-        if labels[i] != labels[i - 1] and longest >= 2:
+        if longest >= 2:
             gaps[i] = -int(rng.integers(2, longest + 1))
     slack = total - sum(lengths) - sum(gaps)
     # Spread the remaining time over the gaps, the start and the end; an overlap stays as drawn.

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from configs.scenes import get_config
+from data import build, eaqa_builder
+from data.questions import QuestionConfig, make_questions
+from data.scenes import read_scenes
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    return folder, build.build(get_config("test"), folder)
+
+
+def _made(folder) -> eaqa_builder.EaqaScenes:
+    questions = QuestionConfig.from_mapping(get_config("test").questions)
+    return eaqa_builder.builder(folder, questions)
+
+
+def test_records_read_back_are_the_records_made(built):
+    folder, result = built
+    assert set(result["records"]) == {"train", "validation", "test"}
+    made = _made(folder)
+    assert made.info.file_format.value == "array_record"
+    scenes = read_scenes(folder, "train")
+    vocabulary = sorted({event.label for scene in scenes for event in scene.events})
+    expected = list(make_questions(scenes, made.builder_config.questions, vocabulary))
+    source = eaqa_builder.load_records(made, "train")
+    assert list(source) == expected
+    assert len(eaqa_builder.load_records(made, "train[:50%]")) == len(expected) // 2
+
+
+def test_tensorflow_is_not_needed(built):
+    folder, _ = built
+    code = (
+        "import sys; from tests.data.test_build import _made; from data import eaqa_builder as e;"
+        f"e.load_records(_made({str(folder)!r}), 'test')[0]; sys.exit('tensorflow' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_building_again_keeps_everything(built):
+    folder, first = built
+    again = build.build(get_config("test"), folder)
+    assert again["scenes"]["written"] == 0
+    assert again["records"] == first["records"]
+
+
+def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
+    config = get_config("test")
+    build.build(config, tmp_path)
+    victim = tmp_path / read_scenes(tmp_path, "test")[2].audio_path
+    victim.write_bytes(b"broken")
+    config.questions.seed = 1  # other records, so the files are looked at again
+    config.max_bad_fraction = 0.5
+    result = build.build(config, tmp_path)
+    assert result["skipped"] == 1
+    assert victim.name in (tmp_path / "skipped.jsonl").read_text()
+    made = eaqa_builder.builder(tmp_path, QuestionConfig.from_mapping(config.questions), 0.5)
+    assert all("test_000002" not in r.id for r in eaqa_builder.load_records(made, "test"))
+    config.questions.seed = 2
+    config.max_bad_fraction = 0.1
+    with pytest.raises(eaqa_builder.TooManySkipped, match=r"1 of 4 audio files.*test_000002"):
+        build.build(config, tmp_path)
+
+
+def test_the_command_answers_mistakes_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "data.build", "--config=configs/scenes.py:test"]
+    bad = [*command, f"--root={tmp_path}", "--config.scenes.min_gap_s=9.0"]
+    done = subprocess.run(bad, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("data.build: scenes: 4 events")
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_records_say_what_to_do(tmp_path, built):
+    with pytest.raises(ValueError, match=r"python -m data\.build"):
+        eaqa_builder.builder(tmp_path, QuestionConfig())
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        eaqa_builder.load_records(_made(built[0]), "dev")
