@@ -31,7 +31,7 @@ class AudioFileError(ValueError):
         self.detail = detail
         super().__init__(f"{path}: {reason} audio file" + (f" ({detail})" if detail else ""))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.path, self.reason, self.detail)
 
 

@@ -55,15 +55,14 @@ def main(argv: list[str]) -> None:
     """Command line of `build`."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    root = Path(str(ROOT.value))
     try:
-        result = build(CONFIG.value, Path(ROOT.value))
+        result = build(CONFIG.value, root)
     except (ValueError, eaqa_builder.TooManySkipped, TooManyBadFiles) as error:
         raise SystemExit(f"data.build: {error}") from None
     print(f"scenes: {result['scenes']['written']} written, {result['scenes']['kept']} kept")
     print("records: " + ", ".join(f"{split} {n}" for split, n in result["records"].items()))
-    print(
-        f"skipped audio files: {result['skipped']} (named in {Path(ROOT.value) / 'skipped.jsonl'})"
-    )
+    print(f"skipped audio files: {result['skipped']} (named in {root / 'skipped.jsonl'})")
     print(f"stored in {result['directory']}")
 
 

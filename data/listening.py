@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data import wordings
 from data.records import Scene
 
+Role = Literal["user", "assistant"]
 TASKS = ("naming", "caption", "presence")
 MIN_HEARD_S = 0.3
 
@@ -52,7 +53,7 @@ class ListeningConfig:
             plain["weights"] = dict(plain["weights"])
         return cls(**plain)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.style not in wordings.NAMING_PROMPTS:
             raise ValueError(f"listening.style {self.style!r}: use 'full' or 'short'")
         if unknown := [task for task in self.weights if task not in TASKS]:
@@ -74,7 +75,7 @@ class Clip:
 class Turn:
     """One message: a role and its parts, text or clips."""
 
-    role: str
+    role: Role
     parts: tuple[str | Clip, ...]
 
 
@@ -157,7 +158,7 @@ def presence_chat(
     return Chat(f"{scene.id}_presence", turns)
 
 
-def all_texts(vocabulary: Sequence[str], config: ListeningConfig) -> Iterator[tuple[str, str]]:
+def all_texts(vocabulary: Sequence[str], config: ListeningConfig) -> Iterator[tuple[Role, str]]:
     """Every (role, text) the base stage can say about these labels, for a compact vocabulary."""
     for label in vocabulary:
         for prompt in wordings.NAMING_PROMPTS[config.style]:

@@ -127,7 +127,7 @@ def _chat_batch(
     examples: Sequence[_Example], pad_id: int, max_tokens: int, samples: int, clips_per_row: int
 ) -> Batch:
     rows, slots = len(examples), len(examples) * clips_per_row
-    batch = {
+    batch: Batch = {
         "tokens": np.full((rows, max_tokens), pad_id, np.int32),
         "loss_mask": np.zeros((rows, max_tokens), np.float32),
         "waveforms": np.zeros((slots, samples), np.float32),
@@ -178,7 +178,7 @@ def _usable(
 ) -> Callable[..., _Example | None]:
     """Skip an example whose file is bad; the store has named and counted it."""
 
-    def wrapped(*args):
+    def wrapped(*args: Any) -> _Example | None:
         try:
             return make(*args)
         except AudioFileError:
@@ -210,14 +210,18 @@ def longest_chat(
     return _up(longest, TOKEN_MULTIPLE)
 
 
-def _encode(tokenizer, messages, prompt: str, generate: bool) -> prompts.EncodedChat:
+def _encode(
+    tokenizer: Tokenizer, messages: Sequence[prompts.Message], prompt: str, generate: bool
+) -> prompts.EncodedChat:
     split = prompts.preset(prompt).split_tags
     return prompts.encode_chat(
         tokenizer, messages, add_generation_prompt=generate, split_tags=split
     )
 
 
-def _record_example(record, store: AudioStore, tokenizer, prompt: str, answer: bool) -> _Example:
+def _record_example(
+    record: EaqaRecord, store: AudioStore, tokenizer: Tokenizer, prompt: str, answer: bool
+) -> _Example:
     messages = sft_messages(record, prompt) if answer else prompt_messages(record, prompt)
     wave = _fit(store.read(record.audio_path), num_samples_of(record.duration_s))
     return _Example(record.id, _encode(tokenizer, messages, prompt, not answer), (wave,), record)
@@ -334,7 +338,13 @@ def base_dataset(
             chat = listening.presence_chat(scene, rng, config, vocabulary)
         return _chat_example(chat, store, tokenizer)
 
-    def batches(make, number: int, tokens: int, seconds: float, slots: int) -> grain.IterDataset:
+    def batches(
+        make: Callable[[Scene, np.random.Generator], _Example],
+        number: int,
+        tokens: int,
+        seconds: float,
+        slots: int,
+    ) -> grain.IterDataset:
         samples = _up(num_samples_of(seconds), FRAME_SAMPLES)
         mapped = _shuffled(scenes, seed + number, None, True).random_map(_usable(make))
         return mapped.to_iter_dataset(READ).batch(

@@ -23,6 +23,7 @@ import numpy as np
 from data import sounds, wordings
 from data.records import KINDS, EaqaRecord, Event, Scene
 
+Rng = np.random.Generator
 STYLES = ("full", "short")
 STRATEGIES = ("direct", "scan", "mixed")
 MIN_ONSET_DIFFERENCE_S = 0.3
@@ -66,7 +67,7 @@ class QuestionConfig:
             plain["kinds"] = dict(plain["kinds"])
         return cls(**plain)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ValueError(f"questions.kinds.{kind} is unknown; use {list(KINDS)}")
@@ -127,7 +128,7 @@ def _once(scene: Scene) -> list[int]:
 
 
 def _others(
-    scene: Scene, exclude: Iterable[str], rng: np.random.Generator, vocabulary: Sequence[str]
+    scene: Scene, exclude: Iterable[str], rng: Rng, vocabulary: Sequence[str]
 ) -> tuple[str, ...]:
     """Labels to choose wrong answers from: those of this scene in random order, then the rest of the vocabulary."""
     excluded = set(exclude)
@@ -151,7 +152,9 @@ def _distinct_onset(scene: Scene, i: int) -> bool:
     )
 
 
-def draft_order(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_order(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """Which sound is the k-th, the last."""
     labels, drafts = _labels(scene), []
     for i in range(min(len(labels), config.ordinals)):
@@ -168,7 +171,7 @@ def draft_order(scene, rng, vocabulary, config) -> list[Draft]:
     return drafts
 
 
-def _neighbour(scene, rng, vocabulary, after: bool) -> list[Draft]:
+def _neighbour(scene: Scene, rng: Rng, vocabulary: Sequence[str], after: bool) -> list[Draft]:
     labels, drafts = _labels(scene), []
     for i in _once(scene):
         j = i + 1 if after else i - 1
@@ -185,24 +188,30 @@ def _neighbour(scene, rng, vocabulary, after: bool) -> list[Draft]:
     return drafts
 
 
-def draft_after(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_after(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """Which sound comes right after X, where X is heard once."""
     return _neighbour(scene, rng, vocabulary, after=True)
 
 
-def draft_before(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_before(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """Which sound comes right before X, where X is heard once."""
     return _neighbour(scene, rng, vocabulary, after=False)
 
 
-def _window(rng: np.random.Generator, answer: int, low: int, high: int, size: int) -> list[int]:
+def _window(rng: Rng, answer: int, low: int, high: int, size: int) -> list[int]:
     """`size` numbers in a row that hold `answer`, inside [low, high] where that is wide enough."""
     high = max(high, answer, low + size - 1)
     first = int(rng.integers(max(low, answer - size + 1), min(answer, high - size + 1) + 1))
     return [number for number in range(first, first + size) if number != answer]
 
 
-def draft_count(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_count(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """How many times X is heard; how many sounds there are."""
     labels, drafts = _labels(scene), []
     everything = tuple(range(len(labels)))
@@ -246,7 +255,9 @@ def draft_count(scene, rng, vocabulary, config) -> list[Draft]:
     return drafts
 
 
-def draft_gap(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_gap(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """How long between the end of X and the start of the next sound Y; both are heard once."""
     events, once, drafts = scene.events, set(_once(scene)), []
     for i in range(len(events) - 1):
@@ -269,7 +280,9 @@ def draft_gap(scene, rng, vocabulary, config) -> list[Draft]:
     return drafts
 
 
-def draft_duration(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_duration(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """Which of the listed sounds lasts longest or shortest; each is heard once in this scene."""
     once, drafts = _once(scene), []
     for size in range(config.num_choices, config.min_choices - 1, -1):
@@ -291,7 +304,9 @@ def draft_duration(scene, rng, vocabulary, config) -> list[Draft]:
     return drafts
 
 
-def draft_overlap(scene, rng, vocabulary, config) -> list[Draft]:
+def draft_overlap(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
     """Which sound overlaps with X; X is heard once and overlaps with one other sound."""
     events, drafts = scene.events, []
     for i in _once(scene):
@@ -331,11 +346,11 @@ def citation(event: Event) -> str:
     return f"<seg>{event.start_s:.1f}, {event.end_s:.1f}</seg>"
 
 
-def _pick(rng: np.random.Generator, options: Sequence) -> Any:
+def _pick(rng: Rng, options: Sequence) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def _full_cite(draft, event, role, rng) -> str:
+def _full_cite(draft: Draft, event: Event, role: str, rng: Rng) -> str:
     slots = draft.slots | {"y": event.label, "t": seconds_text(event.duration_s)}
     if role == "anchor":
         slots["x"] = event.label
@@ -347,7 +362,7 @@ def _full_cite(draft, event, role, rng) -> str:
     return f"{lead.format(**slots)} {citation(event)}{tail.format(**slots)}."
 
 
-def _short_cite(draft, event, role, rng) -> str:
+def _short_cite(draft: Draft, event: Event, role: str, rng: Rng) -> str:
     slots = draft.slots | {"y": event.label, "t": seconds_text(event.duration_s)}
     if role == "anchor":
         slots["x"] = event.label
@@ -359,7 +374,7 @@ def _short_cite(draft, event, role, rng) -> str:
     return f"{lead.format(**slots)} {citation(event)}{tail.format(**slots)}"
 
 
-def _scan_sentences(draft, scene, style, rng) -> list[str]:
+def _scan_sentences(draft: Draft, scene: Scene, style: str, rng: Rng) -> list[str]:
     sentences = []
     for i in draft.scan:
         event = scene.events[i]
@@ -376,9 +391,7 @@ def _scan_sentences(draft, scene, style, rng) -> list[str]:
     return sentences
 
 
-def word_reasoning(
-    draft: Draft, scene: Scene, style: str, strategy: str, rng: np.random.Generator
-) -> str:
+def word_reasoning(draft: Draft, scene: Scene, style: str, strategy: str, rng: Rng) -> str:
     """`<think>…</think><answer>…</answer>` for a draft; strategy "direct" or "scan"."""
     slots = draft.slots | {"a": draft.answer}
     if strategy == "scan" and draft.scan:
@@ -439,7 +452,9 @@ def make_questions(
             yield _record(draft, scene, number, config, rng, reasoning)
 
 
-def _record(draft, scene, number, config, rng, reasoning) -> EaqaRecord:
+def _record(
+    draft: Draft, scene: Scene, number: int, config: QuestionConfig, rng: Rng, reasoning: bool
+) -> EaqaRecord:
     choices = list(draft.wrong[: config.num_choices - 1])
     choices = [str(choice) for choice in rng.permutation(choices)]
     choices.insert(int(rng.integers(len(choices) + 1)), draft.answer)

@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ class SceneConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"scenes.{unknown[0]} is not a field; use one of {sorted(names)}")
-        plain = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()
+        }
         if "counts" in plain:
             plain["counts"] = dict(plain["counts"])
         return cls(**plain)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if unknown := [s for s in self.counts if s not in SPLITS]:
             raise ValueError(f"scenes.counts.{unknown[0]} is not a split; use {list(SPLITS)}")
         for kind in self.noise_kinds:
@@ -353,7 +355,7 @@ def read_scenes(root: Path, split: str) -> list[Scene]:
     return scenes
 
 
-def _rows(path: Path, width: int, header: bool = False):
+def _rows(path: Path, width: int, header: bool = False) -> Iterator[tuple[int, list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; make the scenes first (python -m data.build)")
     with path.open(newline="") as file:
