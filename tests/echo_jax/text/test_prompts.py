@@ -89,7 +89,7 @@ def test_assistant_text_is_split_behind_tags(qwen: Tokenizer) -> None:
 
 
 def test_audio_within_an_answer_carries_no_loss(qwen: Tokenizer) -> None:
-    parts = ["At <seg>0.4, ", "0.6</seg>", Audio(3_200), ", a bell."]
+    parts: list[str | Audio] = ["At <seg>0.4, ", "0.6</seg>", Audio(3_200), ", a bell."]
     chat = prompts.encode_chat(
         qwen, [Message("user", [Audio(32_000), "Q"]), Message("assistant", parts)]
     )

@@ -191,7 +191,9 @@ def check_against_oracle(qwen: Tokenizer, automaton: Automaton, seed: int, count
         host = segments.parse_bytes(data, RECORDING)
         assert [(c.end, c.reason) for c in host] == [(at, why) for at, why, _, _ in expected], data
         times = [
-            (round(c.start_s * 16_000), round(c.end_s * 16_000)) if c.samples else (0, 0)
+            (segments.seconds_to_samples(c.start_s), segments.seconds_to_samples(c.end_s))
+            if c.start_s is not None and c.end_s is not None
+            else (0, 0)
             for c in host
         ]
         assert times == [(a, b) for _, _, a, b in expected], data
@@ -277,6 +279,7 @@ def test_crop_samples_is_the_rule_of_the_tags() -> None:
     for _ in range(2_000):
         start, end = (round(rng.uniform(0, 12), rng.randrange(1, 7)) for _ in range(2))
         (citation,) = segments.parse(f"<seg>{start:f}, {end:f}</seg>", RECORDING)
+        assert citation.samples is not None
         begin, finish = segments.crop_samples(float(f"{start:f}"), float(f"{end:f}"), RECORDING)
         assert (min(citation.samples[0], RECORDING), citation.samples[1]) == (begin, finish)
     assert segments.crop_samples(2.3, 2.41, RECORDING) == (36_800, 38_560)
