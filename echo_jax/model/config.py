@@ -43,6 +43,7 @@ class AudioConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.d_model // self.num_heads
 
     @property

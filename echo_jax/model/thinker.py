@@ -1,4 +1,4 @@
-"""The thinker: audio clips and tokens in, logits out; whole rows for training, prefill / extend / decode for sampling."""
+"""The thinker: clips and tokens in, logits out; whole rows for training, prefill, extend and decode for sampling."""
 
 import jax
 import jax.numpy as jnp

@@ -71,6 +71,7 @@ class SamplingOptions:
 
     @property
     def max_insertions(self) -> int:
+        """Most clips that one answer can get."""
         return self.max_turns - 1 if self.insert_audio else 0
 
     def segment_buffers(self, capacity_samples: int) -> tuple[int, ...]:
