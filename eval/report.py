@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,13 @@ def choose(samples: Sequence[Sample], count: int = NUM_ANSWERS) -> list[Sample]:
     for position in range(max(len(right), len(wrong))):
         mixed += right[position : position + 1] + wrong[position : position + 1]
     return mixed
+
+
+def to_listen(
+    samples: Sequence[Sample], read: Callable[[str], np.ndarray], count: int = NUM_ANSWERS
+) -> list[Answer]:
+    """Returns `choose`'s answers with their recordings; `read` gives f32[samples] of an `audio_path`."""
+    return [Answer(sample, read(sample["audio_path"])) for sample in choose(samples, count)]
 
 
 def write(

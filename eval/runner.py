@@ -1,0 +1,469 @@
+"""Asks a model questions: batches of fixed shapes through the interleaved sampler, resumable after a kill."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from data import pipeline
+from data.audio_files import AudioFileError
+from data.audio_store import AudioStore
+from data.records import EaqaRecord
+from echo_jax import huggingface
+from echo_jax.arrays import Params
+from echo_jax.model import frontend
+from echo_jax.model.config import ThinkerConfig
+from echo_jax.sampler import FinishReason, Prompts, Rollout, Sampler, SamplingOptions
+from echo_jax.text import prompts as prompts_lib
+from echo_jax.text import segments
+from echo_jax.text.tokenizer import Tokenizer
+from eval import controls, results
+from eval.questions import QuestionSet
+from eval.responses import Response, ResponseLog
+from eval.results import Sample
+
+PROMPT_MULTIPLE = 16
+LENGTH_TOLERANCE_S = 0.1
+FINISH_NAMES = {
+    FinishReason.END: "end",
+    FinishReason.TOKEN_BUDGET: "token_budget",
+    FinishReason.TURN_LIMIT: "turn_limit",
+}
+
+
+class Answerer(Protocol):
+    """What a run needs of a sampler: answers for a batch, one random key a row."""
+
+    def __call__(self, prompts: Prompts, keys: jax.Array) -> Rollout:
+        """Answers each prompt once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to ask; the fields are those of `configs/eval.py`.
+
+    Attributes:
+        prompts: format -> name of the prompt preset.
+        clip_seconds: capacities for recordings, ascending; each is one compiled program.
+        max_bad_fraction: share of the questions whose recording may be unusable before the run
+            stops.
+    """
+
+    format: str
+    control: str
+    seed: int
+    prompts: Mapping[str, str]
+    temperature: float
+    top_k: int
+    top_p: float
+    max_turns: int
+    max_response_tokens: int
+    insertion_slots: int
+    segment_seconds: tuple[float, ...]
+    batch_size: int
+    clip_seconds: tuple[float, ...]
+    max_bad_fraction: float
+
+    def __post_init__(self) -> None:
+        controls.get(self.control, self.format)
+        prompts_lib.preset(self.prompt)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not self.clip_seconds or list(self.clip_seconds) != sorted(set(self.clip_seconds)):
+            raise ValueError(f"clip_seconds must be ascending, got {self.clip_seconds}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Takes the fields from a config; the config may hold more."""
+        fields = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        fields["prompts"] = dict(fields["prompts"])
+        for name in ("segment_seconds", "clip_seconds"):
+            fields[name] = tuple(float(value) for value in fields[name])
+        return cls(**fields)
+
+    @property
+    def prompt(self) -> str:
+        """Name of the prompt preset of the format."""
+        return self.prompts[self.format]
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """The sampler's options."""
+        insert = self.format == "interleaved" and controls.CONTROLS[self.control].inserts
+        return SamplingOptions(
+            max_response_tokens=self.max_response_tokens,
+            max_turns=self.max_turns,
+            insert_audio=insert,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            insertion_slots=self.insertion_slots,
+            segment_seconds=self.segment_seconds,
+        )
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what is answered; the others decide how fast."""
+        names = ("format", "control", "seed", "prompt", "temperature", "top_k", "top_p")
+        return {name: getattr(self, name) for name in (*names, "max_turns", "max_response_tokens")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory: `sha256` is of all files of its directory that decide answers."""
+
+    path: Path
+    config: ThinkerConfig
+    params: Params
+    tokenizer: Tokenizer
+    sha256: str
+
+    @classmethod
+    def load(cls, checkpoint: str) -> "Model":
+        """Reads a model directory, a finished workdir, or a repository id.
+
+        Raises:
+            FileNotFoundError, ValueError, KeyError: there is no complete model; one line.
+        """
+        path = huggingface.resolve(checkpoint)
+        tokenizer = Tokenizer.from_directory(path)
+        config, params = huggingface.load_pretrained(path)
+        digest = hashlib.sha256()
+        for file in sorted(path.iterdir()):
+            if file.suffix in (".safetensors", ".json", ".txt"):
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+        return cls(path, config, jax.device_put(params), tokenizer, digest.hexdigest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A finished run: its figures, its scored answers, and where they are."""
+
+    results: dict[str, Any]
+    samples: list[Sample]
+    output: Path
+
+
+class Runner:
+    """Runs models and controls over one question set, sharing decoded audio and compiled programs.
+
+    Example:
+        runner = Runner(questions.load(data, "test"))
+        outcome = runner.run(Model.load(checkpoint), settings, output)
+    """
+
+    def __init__(self, question_set: QuestionSet, report: Callable[[str], None] = print):
+        """Args: question_set: what to ask; report: takes progress lines."""
+        self.question_set = question_set
+        self._report = report
+        # Bad files are judged by this room's own limit, over questions.
+        self.store = AudioStore(question_set.audio_root, max_bad=len(question_set.records))
+        self._samplers: dict[Any, Sampler] = {}
+
+    def run(self, model: Model, settings: Settings, output: Path) -> Outcome:
+        """Asks every question that has no answer in `output` yet, then scores all of them.
+
+        Writes `responses.jsonl` as answers come, and at the end `samples.jsonl`, `results.json` and
+        `timing.json`. The first three are the same whether or not the run was interrupted.
+
+        Raises:
+            ValueError: a setting does not fit the data or the model, `output` holds another run, or
+                too many recordings are unusable.
+        """
+        sampler = self._sampler(model, settings)
+
+        def answerer(prompts: Prompts, keys: jax.Array) -> Rollout:
+            return jax.device_get(sampler(model.params, prompts, keys))
+
+        facts = {"model": str(model.path), "model_sha256": model.sha256}
+        return self.ask(answerer, model.tokenizer, settings, output, facts)
+
+    def ask(
+        self,
+        answerer: Answerer,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        output: Path,
+        facts: Mapping[str, str],
+    ) -> Outcome:
+        """`run` with any sampler.
+
+        Args:
+            answerer: gives the rollout of a batch, as numpy arrays.
+            tokenizer: its vocabulary.
+            settings: how to ask.
+            output: folder of the run.
+            facts: `model`, for people, and `model_sha256`, which tells runs apart.
+        """
+        identity = {
+            **settings.deciding(),
+            "model_sha256": facts["model_sha256"],
+            "questions_sha256": self.question_set.sha256,
+        }
+        log = ResponseLog(output / "responses.jsonl", identity)
+        planned = list(plan(self.question_set.records, tokenizer, settings))
+        skipped: list[dict[str, str]] = []
+        began, asked_before = time.monotonic(), len(log.responses)
+        for batch in planned:
+            open_records = [record for record in batch.records if record.id not in log.responses]
+            waves = self._read(open_records, skipped, settings)
+            pending = [record for record in open_records if record.id in waves]
+            if pending:
+                answered = _ask_batch(answerer, batch, pending, waves, tokenizer, settings)
+                log.add(answered)
+                self._progress(log, len(skipped), asked_before, began)
+        seconds = time.monotonic() - began
+        answered_now = len(log.responses) - asked_before
+        samples = [
+            results.make_sample(record, log.responses[record.id])
+            for record in self.question_set.records
+            if record.id in log.responses
+        ]
+        found = {
+            "task": self.question_set.name,
+            **results.summarize(samples, sorted(skipped, key=lambda skip: skip["id"])),
+            "unusable_at_build": [dict(row) for row in self.question_set.unusable_at_build],
+            "run": identity,
+            "model": facts["model"],
+            "control": controls.CONTROLS[settings.control].description,
+            "settings": dataclasses.asdict(settings),
+            "versions": versions(),
+        }
+        _write(output / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
+        _write(output / "results.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
+        timing = {
+            "seconds": round(seconds, 3),
+            "answers": answered_now,
+            "answers_per_s": round(answered_now / seconds, 3) if answered_now else None,
+            "batches": len(planned),
+        }
+        _write(output / "timing.json", json.dumps(timing, indent=2) + "\n")
+        return Outcome(found, samples, output)
+
+    def _sampler(self, model: Model, settings: Settings) -> Sampler:
+        spelling = hashlib.sha256(repr(model.tokenizer.token_bytes).encode()).digest()
+        key = (model.config, spelling, settings.sampling)
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(model.config, model.tokenizer, settings.sampling)
+        return self._samplers[key]
+
+    def _read(
+        self, records: Sequence[EaqaRecord], skipped: list[dict[str, str]], settings: Settings
+    ) -> dict[str, np.ndarray]:
+        """Returns id -> waveform for those whose recording can be used; names the others."""
+        waves = {}
+        for record in records:
+            wanted = pipeline.num_samples_of(record.duration_s)
+            try:
+                wave = self.store.read(record.audio_path)
+                if abs(len(wave) - wanted) > LENGTH_TOLERANCE_S * frontend.SAMPLE_RATE:
+                    detail = (
+                        f"{len(wave) / frontend.SAMPLE_RATE:.2f} s, not {record.duration_s:.2f} s"
+                    )
+                    raise AudioFileError(record.audio_path, "truncated", detail)
+            except AudioFileError as error:
+                skipped.append(
+                    {"id": record.id, "audio_path": record.audio_path, "reason": error.reason}
+                )
+                self._report(f"not asked: {record.id}: {error}")
+                continue
+            fitted = np.zeros(wanted, np.float32)
+            fitted[: len(wave)] = wave[:wanted]
+            waves[record.id] = fitted
+        if len(skipped) > settings.max_bad_fraction * len(self.question_set.records):
+            raise ValueError(
+                f"the recordings of {len(skipped)} of {len(self.question_set.records)} questions are "
+                f"unusable, more than max_bad_fraction={settings.max_bad_fraction:g} allows; the "
+                f"first is {skipped[0]['audio_path']} ({skipped[0]['reason']})"
+            )
+        return waves
+
+    def _progress(self, log: ResponseLog, num_skipped: int, before: int, began: float) -> None:
+        # Scored anew each time: thousands of short texts take milliseconds, a batch takes seconds.
+        scored = [
+            results.make_sample(record, log.responses[record.id])
+            for record in self.question_set.records
+            if record.id in log.responses
+        ]
+        found = results.summarize(scored, [])
+        rate = (len(scored) - before) / max(time.monotonic() - began, 1e-9)
+        left = len(self.question_set.records) - num_skipped - len(scored)
+        self._report(
+            f"answered {len(scored)}/{len(self.question_set.records)}  accuracy "
+            f"{100 * found['accuracy']:.1f} %  parsed {100 * found['parse_rate']:.1f} %  "
+            f"{rate:.2f} answers/s  ETA {left / rate:.0f} s"
+        )
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Questions that are asked together.
+
+    Attributes:
+        records: at most `batch_size`.
+        chats: their encoded prompts.
+        prompt_tokens: P, the capacity for prompts.
+        samples: S, the capacity for recordings.
+    """
+
+    records: tuple[EaqaRecord, ...]
+    chats: tuple[prompts_lib.EncodedChat, ...]
+    prompt_tokens: int
+    samples: int
+
+
+def plan(
+    records: Sequence[EaqaRecord], tokenizer: Tokenizer, settings: Settings
+) -> Iterator[PlannedBatch]:
+    """Groups questions of similar length; the plan depends on the questions and settings alone.
+
+    Raises:
+        ValueError: a recording is longer than the last of `clip_seconds`, or too short for a token.
+    """
+    groups: dict[int, list[tuple[EaqaRecord, prompts_lib.EncodedChat]]] = {}
+    split_tags = prompts_lib.preset(settings.prompt).split_tags
+    capacities = [
+        pipeline.num_samples_of(seconds) // frontend.HOP_SAMPLES * frontend.HOP_SAMPLES
+        for seconds in settings.clip_seconds
+    ]
+    for record in records:
+        samples = pipeline.num_samples_of(record.duration_s)
+        capacity = next((c for c in capacities if samples <= c), None)
+        if capacity is None:
+            raise ValueError(
+                f"question {record.id!r}: {record.audio_path} has {record.duration_s:g} s, more than "
+                f"the last of clip_seconds={settings.clip_seconds}; add a longer one"
+            )
+        messages = pipeline.prompt_messages(record, settings.prompt)
+        try:
+            chat = prompts_lib.encode_chat(tokenizer, messages, True, split_tags)
+        except ValueError as error:
+            raise ValueError(f"question {record.id!r}: {record.audio_path}: {error}") from None
+        groups.setdefault(capacity, []).append((record, chat))
+    for capacity, group in sorted(groups.items()):
+        longest = max(len(chat.tokens) for _, chat in group)
+        prompt_tokens = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        for begin in range(0, len(group), settings.batch_size):
+            chosen = group[begin : begin + settings.batch_size]
+            yield PlannedBatch(
+                tuple(record for record, _ in chosen),
+                tuple(chat for _, chat in chosen),
+                prompt_tokens,
+                capacity,
+            )
+
+
+def _ask_batch(
+    answerer: Answerer,
+    batch: PlannedBatch,
+    pending: Sequence[EaqaRecord],
+    waves: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    settings: Settings,
+) -> list[Response]:
+    """Asks the pending questions of a batch, each in its own row; other rows repeat one of them."""
+    wanted = {record.id for record in pending}
+    filler = next(i for i, record in enumerate(batch.records) if record.id in wanted)
+    rows = [
+        i if i < len(batch.records) and batch.records[i].id in wanted else filler
+        for i in range(settings.batch_size)
+    ]
+    tokens = np.full((len(rows), batch.prompt_tokens), tokenizer.pad_id, np.int32)
+    waveforms = np.zeros((len(rows), batch.samples), np.float32)
+    for row, i in enumerate(rows):
+        tokens[row, : len(batch.chats[i].tokens)] = batch.chats[i].tokens
+        wave = waves[batch.records[i].id]
+        waveforms[row, : len(wave)] = wave
+    numbers = np.array([_number(batch.records[i].id) for i in rows], np.uint32)
+    prompts = Prompts(
+        tokens=tokens,
+        length=np.array([len(batch.chats[i].tokens) for i in rows], np.int32),
+        waveforms=waveforms,
+        num_samples=np.array([len(waves[batch.records[i].id]) for i in rows], np.int32),
+        audio_start=np.array([batch.chats[i].audio_starts[0] for i in rows], np.int32),
+        # Always given, so that a control runs the very program of the run without it.
+        insert_waveforms=waveforms,
+        insert_shift_samples=np.zeros(len(rows), np.int32),
+    )
+    prompts = controls.CONTROLS[settings.control].apply(prompts, numbers)
+    # A question's randomness is its own, whatever stands beside it.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(settings.seed), numbers)
+    rollout = answerer(prompts, keys)
+    return [
+        _response(batch.records[i].id, rollout, i, int(prompts.num_samples[i]), tokenizer)
+        for i in range(len(batch.records))
+        if batch.records[i].id in wanted
+    ]
+
+
+def _number(question_id: str) -> int:
+    """A number of 31 bits that depends on the question's id alone."""
+    return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4], "big") >> 1
+
+
+def _response(
+    question_id: str, rollout: Rollout, row: int, num_samples: int, tokenizer: Tokenizer
+) -> Response:
+    """Reads one row of a rollout."""
+    begin, end = int(rollout.prompt_length[row]), int(rollout.length[row])
+    sampled = np.asarray(rollout.sampled[row, begin:end])
+    text = tokenizer.decode(np.asarray(rollout.tokens[row, begin:end])[sampled])
+    clips = np.asarray(rollout.segment_samples[row, : int(rollout.num_segments[row])])
+    return {
+        "id": question_id,
+        "text": text,
+        "segments": [_segment(found) for found in segments.parse(text, num_samples)],
+        "inserted": (clips / frontend.SAMPLE_RATE).tolist(),
+        "num_tokens": int(sampled.sum()),
+        "num_audio_tokens": int((~sampled).sum()),
+        "finish_reason": FINISH_NAMES[FinishReason(int(rollout.finish_reason[row]))],
+    }
+
+
+def _segment(citation: segments.Citation) -> dict[str, Any]:
+    """A citation as JSON; the times of one with readable times are those of its clip."""
+    start_s, end_s = citation.start_s, citation.end_s
+    if citation.valid and citation.samples is not None:
+        start_s, end_s = (sample / frontend.SAMPLE_RATE for sample in citation.samples)
+    return {
+        "start_s": start_s,
+        "end_s": end_s,
+        "begin": citation.begin,
+        "end": citation.end,
+        "valid": citation.valid,
+        "reason": citation.reason.name.lower(),
+    }
+
+
+# ---------------------------------------------------------------- files
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what computes the answers."""
+    names = ("echo-jax", "jax", "jaxlib", "numpy", "librosa", "soundfile")
+    found = {"backend": jax.default_backend()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that appears only when it is complete."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

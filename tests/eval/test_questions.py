@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from data import eaqa_builder, scenes
+from data.questions import QuestionConfig
+from eval import questions
+from tests.eval.examples import make_record
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
+    return path
+
+
+def test_a_file_of_records(data):
+    found = questions.load(data, "test")
+    assert len(found.records) == 11
+    assert found.audio_root == data.parent
+    assert (found.audio_root / found.records[0].audio_path).is_file()
+    assert questions.load(data, "all").sha256 == found.sha256
+
+
+def test_another_answer_or_another_recording_is_another_hash(data):
+    before = questions.load(data, "test").sha256
+    text = data.read_text()
+    data.write_text(text.replace('"answer": "a bell"', '"answer": "rain"', 1))
+    assert questions.load(data, "test").sha256 != before
+    data.write_text(text)
+    assert questions.load(data, "test").sha256 == before
+    (data.parent / "audio" / "3.wav").write_bytes(b"")
+    assert questions.load(data, "test").sha256 != before
+
+
+def test_a_limit_takes_a_part_of_a_larger_one(data):
+    found = questions.load(data, "test")
+    small, large = found.limited(3), found.limited(7)
+    assert len(small.records) == 3
+    assert {r.id for r in small.records} < {r.id for r in large.records}
+    assert small.sha256 == found.sha256
+    assert found.limited(0).records == found.records
+    with pytest.raises(ValueError, match="must not be negative"):
+        found.limited(-1)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([make_record(1), make_record(1)], "'q1' occurs twice"),
+        ([make_record(1, answer="a cat")], "the answer 'a cat' is not among its choices"),
+    ],
+)
+def test_questions_that_cannot_be_scored(tmp_path, records, message):
+    with pytest.raises(ValueError, match=message):
+        questions.load(write(tmp_path / "q.jsonl", records), "test")
+
+
+def test_missing_things_are_named(tmp_path, data):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        questions.load(tmp_path / "nowhere", "test")
+    with pytest.raises(ValueError, match=r"no question of split 'dev'; splits there: test"):
+        questions.load(data, "dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no questions"):
+        questions.load(tmp_path / "empty", "test")
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="lacks the field"):
+        questions.load(tmp_path / "bad.jsonl", "test")
+
+
+def test_a_folder_that_data_build_wrote(tmp_path):
+    config = scenes.SceneConfig(
+        counts={"train": 2, "test": 3}, duration_s=(6.0, 8.0), event_s=(0.5, 0.8), num_events=(3, 4)
+    )
+    scenes.write_scenes(config, tmp_path, num_processes=1)
+    made = eaqa_builder.builder(tmp_path, QuestionConfig(style="short"))
+    counts = eaqa_builder.build_records(made)
+    found = questions.load(tmp_path, "test")
+    assert len(found.records) == counts["test"]
+    assert found.audio_root == tmp_path
+    assert all((tmp_path / record.audio_path).is_file() for record in found.records)
+    assert questions.load(tmp_path / "tfds", "test").sha256 == found.sha256
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        questions.load(tmp_path, "dev")

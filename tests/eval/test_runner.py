@@ -1,0 +1,251 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from echo_jax.sampler import FinishReason, Rollout
+from eval import controls, questions, runner
+from eval.runner import Runner
+
+FACTS = {"model": "fake", "model_sha256": "0"}
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+class FakeSampler:
+    """Cites 0.5 to 1.5 s and answers by a draw from the row's own key; remembers what it was asked."""
+
+    def __init__(self, tokenizer, kill_at=None):
+        self.tokenizer, self.kill_at = tokenizer, kill_at
+        self.batches, self.waves, self.keys = [], [], []
+
+    def __call__(self, prompts, keys):
+        if self.kill_at == len(self.batches):
+            raise Killed
+        self.batches.append(prompts)
+        rows, slots = prompts.tokens.shape
+        tokens = np.full((rows, slots + 96), self.tokenizer.pad_id, np.int32)
+        sampled = np.zeros(tokens.shape, bool)
+        length = np.zeros(rows, np.int32)
+        for row in range(rows):
+            drawn = int(jax.random.randint(keys[row], (), 0, 2))
+            said = self.tokenizer.encode("<think>at <seg>0.5, 1.5</seg>")
+            audio = [
+                self.tokenizer.audio_bos_id,
+                self.tokenizer.audio_id,
+                self.tokenizer.audio_eos_id,
+            ]
+            rest = self.tokenizer.encode(
+                f" so.</think><answer>{['a bell', 'a dog'][drawn]}</answer>"
+            )
+            response = [*said, *audio, *rest, self.tokenizer.im_end_id]
+            begin = prompts.length[row]
+            length[row] = begin + len(response)
+            tokens[row, :begin] = prompts.tokens[row, :begin]
+            tokens[row, begin : length[row]] = response
+            sampled[row, begin : length[row]] = True
+            sampled[row, begin + len(said) : begin + len(said) + 3] = False
+        zeros = np.zeros(tokens.shape, np.float32)
+        return Rollout(
+            tokens=tokens,
+            prompt_length=prompts.length,
+            length=length,
+            logprob=zeros,
+            sampled=sampled,
+            stop_rest=zeros - 1,
+            segment_samples=np.tile(np.array([[[8_000, 24_000]]], np.int32), (rows, 7, 1)),
+            segment_token_start=np.zeros((rows, 7), np.int32),
+            num_segments=np.ones(rows, np.int32),
+            finish_reason=np.full(rows, FinishReason.END, np.int32),
+            num_turns=np.full(rows, 2, np.int32),
+            num_decode_steps=np.int32(1),
+            num_insert_steps=np.int32(1),
+        )
+
+
+@pytest.fixture
+def quiet(data):
+    def make():
+        return Runner(questions.load(data, "test"), report=lambda line: None)
+
+    return make
+
+
+def test_answers_are_read_and_scored(quiet, tokenizer, settings, tmp_path):
+    fake = FakeSampler(tokenizer)
+    outcome = quiet().ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
+    sample = outcome.samples[0]
+    assert sample["text"].startswith("<think>at <seg>0.5, 1.5</seg> so.</think><answer>a ")
+    assert sample["segments"] == [
+        {"start_s": 0.5, "end_s": 1.5, "begin": 10, "end": 29, "valid": True, "reason": "valid"}
+    ]
+    assert sample["inserted"] == [[0.5, 1.5]]
+    assert sample["num_audio_tokens"] == 3
+    assert sample["iou"] == pytest.approx(1.0)
+    assert sample["finish_reason"] == "end"
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["num_questions"] == 11
+    assert found["parse_rate"] == 1.0
+    assert found["num_correct"] == sum(s["correct"] for s in outcome.samples)
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"q{i}" for i in range(11)]
+
+
+def test_batches_have_one_shape_and_their_own_recordings(quiet, tokenizer, settings, tmp_path):
+    fake = FakeSampler(tokenizer)
+    one = quiet()
+    one.ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
+    assert [batch.tokens.shape[0] for batch in fake.batches] == [4, 4, 4]
+    assert len({(b.tokens.shape, b.waveforms.shape) for b in fake.batches}) == 1
+    batch = fake.batches[1]
+    wave = one.store.read("audio/5.wav")
+    np.testing.assert_array_equal(batch.waveforms[1, : len(wave)], wave)
+    assert batch.num_samples[1] == len(wave)
+    assert not batch.waveforms[1, len(wave) :].any()
+    span = batch.tokens[1, batch.audio_start[1] :]
+    assert span[0] == tokenizer.audio_id
+    assert batch.tokens[1, batch.audio_start[1] - 1] == tokenizer.audio_bos_id
+
+
+def test_an_answer_does_not_depend_on_batch_size_or_neighbours(
+    quiet, tokenizer, settings, tmp_path
+):
+    texts = []
+    for size in (1, 4, 16):
+        fake = FakeSampler(tokenizer)
+        out = tmp_path / str(size)
+        outcome = quiet().ask(fake, tokenizer, settings(batch_size=size), out, FACTS)
+        texts.append({s["id"]: s["text"] for s in outcome.samples})
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0].values())) == 2
+    other = quiet().ask(FakeSampler(tokenizer), tokenizer, settings(seed=1), tmp_path / "s", FACTS)
+    assert {s["id"]: s["text"] for s in other.samples} != texts[0]
+
+
+@pytest.mark.parametrize("torn", [0, 40])
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(
+    quiet, tokenizer, settings, tmp_path, torn
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    quiet().ask(FakeSampler(tokenizer), tokenizer, settings(), whole, FACTS)
+    with pytest.raises(Killed):
+        quiet().ask(FakeSampler(tokenizer, kill_at=2), tokenizer, settings(), cut, FACTS)
+    log = cut / "responses.jsonl"
+    if torn:
+        log.write_bytes(log.read_bytes()[:-torn])
+    again = FakeSampler(tokenizer)
+    quiet().ask(again, tokenizer, settings(), cut, FACTS)
+    # 8 of 11 were answered; a torn line costs its own question and no other.
+    rows = [row for batch in again.batches for row in _distinct_rows(batch)]
+    assert len(rows) == (4 if torn else 3)
+    for name in ("results.json", "samples.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    done = FakeSampler(tokenizer)
+    quiet().ask(done, tokenizer, settings(), cut, FACTS)
+    assert done.batches == []
+
+
+def _distinct_rows(batch):
+    return {row.tobytes() for row in np.asarray(batch.waveforms)}
+
+
+def test_more_questions_can_be_asked_into_the_same_folder(data, tokenizer, settings, tmp_path):
+    everything = questions.load(data, "test")
+    fake = FakeSampler(tokenizer)
+    for limit, answered in ((5, 5), (0, 11)):
+        one = Runner(everything.limited(limit), report=lambda line: None)
+        outcome = one.ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
+        assert outcome.results["num_answered"] == answered
+    assert sum(len(_distinct_rows(batch)) for batch in fake.batches) == 11
+
+
+def test_another_setting_is_another_run(quiet, tokenizer, settings, tmp_path):
+    fake = FakeSampler(tokenizer)
+    quiet().ask(fake, tokenizer, settings(), tmp_path, FACTS)
+    for changes, name in (({"seed": 1}, "seed"), ({"control": "silence"}, "control")):
+        with pytest.raises(ValueError, match=f"another run \\({name} was"):
+            quiet().ask(fake, tokenizer, settings(**changes), tmp_path, FACTS)
+    # What only decides the speed is not.
+    quiet().ask(fake, tokenizer, settings(batch_size=2, insertion_slots=1), tmp_path, FACTS)
+
+
+def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, settings, tmp_path):
+    (data.parent / "audio" / "2.wav").write_bytes(b"RIFF")
+    (data.parent / "audio" / "4.wav").unlink()
+    said = []
+    one = Runner(questions.load(data, "test"), report=said.append)
+    found = one.ask(FakeSampler(tokenizer), tokenizer, settings(), tmp_path / "out", FACTS).results
+    assert found["num_questions"] == 11
+    assert found["num_answered"] == 9
+    assert {(s["id"], s["reason"]) for s in found["skipped"]} == {
+        ("q2", "unreadable"),
+        ("q4", "missing"),
+    }
+    assert found["accuracy"] == pytest.approx(found["num_correct"] / 11)
+    assert sum("not asked: q" in line for line in said) == 2
+    with pytest.raises(ValueError, match=r"recordings of \d of 11 questions are unusable.*2.wav"):
+        one.ask(
+            FakeSampler(tokenizer), tokenizer, settings(max_bad_fraction=0.0), tmp_path / "b", FACTS
+        )
+
+
+def test_controls_change_what_is_heard_and_nothing_else(quiet, tokenizer, settings, tmp_path):
+    seen = {}
+    for name in controls.CONTROLS:
+        fake = FakeSampler(tokenizer)
+        quiet().ask(fake, tokenizer, settings(control=name), tmp_path / name, FACTS)
+        seen[name] = fake.batches[0]
+    plain = seen["none"]
+    for name, batch in seen.items():
+        for field in ("tokens", "length", "num_samples", "audio_start"):
+            np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
+        # The same structure and shapes, so that a control runs the same compiled program.
+        assert jax.tree.structure(batch) == jax.tree.structure(plain)
+        if name != "no_audio":
+            np.testing.assert_array_equal(batch.waveforms, plain.waveforms)
+    np.testing.assert_array_equal(plain.insert_waveforms, plain.waveforms)
+    assert not plain.insert_shift_samples.any()
+    assert not seen["silence"].insert_waveforms.any()
+    assert not seen["no_audio"].waveforms.any()
+    assert not seen["no_audio"].insert_waveforms.any()
+    shift = seen["other_span"].insert_shift_samples / plain.num_samples
+    assert ((shift >= 0.24) & (shift < 0.76)).all()
+    assert len(set(shift)) == 4
+    assert settings(control="no_insertion").sampling.insert_audio is False
+    assert settings().sampling.insert_audio is True
+    assert settings(format="grounded").sampling.insert_audio is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "spoken"}, "unknown format 'spoken'"),
+        ({"control": "noise"}, "unknown control 'noise'"),
+        ({"format": "grounded", "control": "silence"}, "needs the format interleaved"),
+        ({"prompts": {"interleaved": "large"}}, "unknown prompt preset 'large'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"clip_seconds": (5.0, 2.0)}, "clip_seconds must be ascending"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_a_recording_that_fits_nowhere_is_named(quiet, tokenizer, settings, tmp_path):
+    with pytest.raises(ValueError, match=r"question 'q1': audio/1.wav has 2.25 s, more than"):
+        quiet().ask(
+            FakeSampler(tokenizer), tokenizer, settings(clip_seconds=(2.1,)), tmp_path, FACTS
+        )
+
+
+def test_recordings_of_similar_length_are_asked_together(data, tokenizer, settings):
+    records = questions.load(data, "test").records
+    batches = list(runner.plan(records, tokenizer, settings(clip_seconds=(2.1, 2.6))))
+    assert [len(batch.records) for batch in batches] == [4, 4, 3]
+    for batch in batches:
+        longest = max(record.duration_s for record in batch.records)
+        assert batch.samples == (33_600 if longest <= 2.1 else 41_600)
