@@ -249,7 +249,7 @@ class ThinkerConfig:
         }
 
     @staticmethod
-    def preset(name: str, vocab_size: int | None = None, **special_ids: int) -> "ThinkerConfig":
+    def preset(name: str, vocab_size: int | None = None, **special_ids: Any) -> "ThinkerConfig":
         """Returns a named size: "qwen2.5-omni-7b", "qwen2.5-omni-3b" (the released checkpoints) or "tiny".
 
         Args:

@@ -160,5 +160,6 @@ def _run(
     num_samples[: len(clips)] = [len(clip) for clip in clips]
     start = np.zeros(slots, np.int32)
     start[: len(starts)] = starts
-    group = thinker.AudioClips(waveforms, num_samples, np.zeros(slots, np.int32), start)
+    arrays = (waveforms, num_samples, np.zeros(slots, np.int32), start)
+    group = thinker.AudioClips(*map(jnp.asarray, arrays))
     return np.asarray(_next_logits(config, params, jnp.asarray(padded), len(tokens), (group,)))
