@@ -60,8 +60,12 @@ def num_samples_of(duration_s: float) -> int:
 
 
 def prompt_messages(record: EaqaRecord, prompt: str) -> list[prompts.Message]:
-    """The user's side of a record: clip, question and choices."""
+    """The user's side of a record: clip, question and choices; without choices the question is a whole prompt."""
     samples = num_samples_of(record.duration_s)
+    if not record.choices:
+        system = prompts.preset(prompt).system
+        head = [prompts.Message("system", system)] if system else []
+        return [*head, prompts.Message("user", [prompts.Audio(samples), record.question])]
     return prompts.question_messages(prompt, record.question, record.choices, samples)
 
 
@@ -90,8 +94,8 @@ def corpus_texts(
             yield from prompts.text_runs(sft_messages(record, prompt_names[0]))
     if listening_config:
         for role, text in listening.all_texts(vocabulary, listening_config):
-            content = [prompts.Audio(SAMPLING_RATE), text] if role == "user" else text
-            yield from prompts.text_runs([prompts.Message(role, content)])
+            clip = [prompts.Audio(SAMPLING_RATE)] if role == "user" else []
+            yield from prompts.text_runs([prompts.Message(role, [*clip, text])])
 
 
 def _fit(wave: np.ndarray, samples: int) -> np.ndarray:

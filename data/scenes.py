@@ -41,7 +41,8 @@ class SceneConfig:
     Attributes:
       seed: with split and index, decides a scene entirely.
       counts: scenes per split.
-      classes: names in `sounds.LIBRARY`, and labels of recordings in `recordings_root`; () = the whole library.
+      classes: names in `sounds.LIBRARY`, and labels of recordings in `recordings_root`;
+        () = the whole library.
       recordings_root: folder of extracted real recordings (see `data.recordings`), "" for none.
       duration_s, event_s, num_events: inclusive ranges for the scene, one event, and the events of a scene.
       min_gap_s: silence (background only) between events that do not overlap.
@@ -258,6 +259,18 @@ def _write_chunk(root: Path, config: SceneConfig, plans: list[ScenePlan]) -> int
     return written
 
 
+def _check_recordings(config: SceneConfig) -> None:
+    """Every class that is not synthetic needs a recording in each split that has scenes."""
+    splits = [split for split, count in config.counts.items() if count]
+    usable = recordings.Recordings.load(Path(config.recordings_root)).labels(splits)
+    for name in config.class_names:
+        if name not in sounds.LIBRARY and name not in usable:
+            raise ValueError(
+                f"scenes.classes: {name!r} is not in the sound library and has no recordings in each of "
+                f"{splits} under {config.recordings_root}; usable there: {usable}"
+            )
+
+
 def write_scenes(
     config: SceneConfig,
     root: Path,
@@ -280,6 +293,8 @@ def write_scenes(
     if stamp.exists() and json.loads(stamp.read_text()) != config.fingerprint():
         raise ValueError(f"{stamp} was made by another config; give another root or remove {root}")
     stamp.write_text(json.dumps(config.fingerprint(), indent=1))
+    if config.recordings_root:
+        _check_recordings(config)
     plans = []
     for split, count in config.counts.items():
         (root / "audio" / split).mkdir(parents=True, exist_ok=True)
