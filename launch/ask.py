@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         answer(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         print(f"launch.ask: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
