@@ -25,7 +25,11 @@ def test_the_cases_differ_in_every_size():
     assert max(seconds) == 40.0
 
 
-@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*parity.CASES[:3], *(pytest.param(case, marks=pytest.mark.slow) for case in parity.CASES[3:])],
+    ids=lambda case: case.name,
+)
 def test_equals_transformers(case, tmp_path):
     check(case, tmp_path)
 
