@@ -2,14 +2,15 @@
 where it listened.
 
     python -m eval --config=configs/eval.py:tiny --checkpoint DIR --data DIR --output DIR
-        [--format conditioned|grounded|interleaved] [--control NAME] [--limit N] [--curves
-        SFT=WORKDIR …]
+        [--format conditioned|grounded|interleaved] [--control NAME] [--limit N]
+        [--curves SFT=WORKDIR …]
 
 The output folder gets `results.json`, `samples.jsonl` (every question, answer and judgement),
 `responses.jsonl` (what the model wrote; a run that was cut short goes on from it), `timing.json`
 and `report.html`.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -21,17 +22,37 @@ from eval.runner import Model, Runner, Settings
 PROGRAM = "python -m eval"
 
 
-def main() -> None:
-    """Runs the command line; flags are parsed."""
-    config = CONFIG.value
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Model directory, finished workdir, or owner/name.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "format",
+        None,
+        FORMATS,
+        "How the model reasons; replaces the config's.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "control", None, list(CONTROLS), "What it hears; replaces the config's.", flag_values=values
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Asks, scores and reports."""
+    config = cli.value(values, "config")
     for name in ("format", "control", "limit"):
-        if flags.FLAGS[name].value is not None:
-            config[name] = flags.FLAGS[name].value
+        if cli.value(values, name) is not None:
+            config[name] = cli.value(values, name)
     settings = Settings.from_config(config)
-    checkpoint, output = cli.required("checkpoint"), Path(cli.required("output"))
+    checkpoint, output = cli.required(values, "checkpoint"), Path(cli.required(values, "output"))
     # What is quick to check comes first: a wrong flag must not wait for a model to load.
-    shown_curves = cli.read_curves()
-    asked = questions.load(Path(cli.required("data")), config.split).limited(config.limit)
+    shown_curves = cli.read_curves(values)
+    asked = questions.load(Path(cli.required(values, "data")), config.split).limited(config.limit)
     runner = Runner(asked)
     outcome = runner.run(Model.load(checkpoint), settings, output)
     row = report.Row("1", checkpoint, settings.format, settings.control, outcome.results)
@@ -54,8 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = cli.define_common_flags()
-    flags.DEFINE_string("checkpoint", None, "Model directory, finished workdir, or owner/name.")
-    flags.DEFINE_enum("format", None, FORMATS, "How the model reasons; replaces the config's.")
-    flags.DEFINE_enum("control", None, list(CONTROLS), "What it hears; replaces the config's.")
-    cli.exit_with(PROGRAM, main)
+    sys.exit(cli.run(PROGRAM, __doc__, define, main, sys.argv))

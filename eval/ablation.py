@@ -11,6 +11,7 @@ so a run that was cut short goes on. The output folder gets `ablation.txt` (the 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,20 +180,27 @@ def facts(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
-def main() -> None:
-    """Runs the command line; flags are parsed."""
-    config = CONFIG.value
-    if flags.FLAGS["limit"].value is not None:
-        config["limit"] = flags.FLAGS["limit"].value
-    rows = [AblationRow.parse(text) for text in flags.FLAGS["row"].value or []]
-    data, output = Path(cli.required("data")), Path(cli.required("output"))
-    made = run(rows, config, data, output, flags.FLAGS["main"].value, cli.read_curves())
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_multi_string(
+        "row", [], "LETTER,NAME,CHECKPOINT,FORMAT[,CONTROL]; repeatable.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "main", None, "Letter of the row that the others are compared with.", flag_values=values
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Runs every row and prints the table."""
+    config = cli.value(values, "config")
+    if cli.value(values, "limit") is not None:
+        config["limit"] = cli.value(values, "limit")
+    rows = [AblationRow.parse(text) for text in cli.value(values, "row")]
+    data, output = Path(cli.required(values, "data")), Path(cli.required(values, "output"))
+    made = run(rows, config, data, output, cli.value(values, "main"), cli.read_curves(values))
     print(made.table)
     print(f"report: {made.report}")
 
 
 if __name__ == "__main__":
-    CONFIG = cli.define_common_flags()
-    flags.DEFINE_multi_string("row", [], "LETTER,NAME,CHECKPOINT,FORMAT[,CONTROL]; repeatable.")
-    flags.DEFINE_string("main", None, "Letter of the row that the others are compared with.")
-    cli.exit_with(PROGRAM, main)
+    sys.exit(cli.run(PROGRAM, __doc__, define, main, sys.argv))

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from data.audio_store import TooManyBadFiles
@@ -19,81 +19,109 @@ _EXPECTED = (ValueError, KeyError, OSError, TooManyBadFiles)
 _CONFIG_ERRORS = (flags.Error, AttributeError, TypeError, ImportError, SyntaxError, *_EXPECTED)
 
 
-def define_common_flags() -> Any:
-    """Defines the flags that every command of this room has; returns the config's holder."""
-    config = config_flags.DEFINE_config_file(
-        "config", None, "How to ask: configs/eval.py:tiny, :small or :echo_7b."
-    )
-    flags.DEFINE_string("data", None, "Folder that data.build wrote, or a .jsonl file of records.")
-    flags.DEFINE_string(
-        "output", None, "Folder to write to; a run that was cut short goes on in it."
-    )
-    flags.DEFINE_integer("limit", None, "Ask only so many questions; 0 asks all.", lower_bound=0)
-    flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
-    flags.DEFINE_multi_string(
-        "curves", [], "NAME=WORKDIR of a training stage whose curves the report shows; repeatable."
-    )
-    return config
-
-
-def run(program: str, main: Callable[[], None], argv: Sequence[str]) -> int:
-    """Parses flags and runs `main`.
+def run(
+    program: str,
+    description: str | None,
+    define: Callable[[flags.FlagValues], None],
+    main: Callable[[flags.FlagValues], None],
+    argv: Sequence[str],
+) -> int:
+    """Parses flags and runs a command.
 
     Args:
         program: what to call it in an error.
-        main: reads its flags itself.
-        argv: as `sys.argv`.
+        description: what --help prints above the flags.
+        define: adds the command's own flags.
+        main: does it.
+        argv: as `sys.argv`, which it becomes: the config library looks for overrides of fields
+            there and nowhere else.
 
     Returns:
         0, or 2 after one line about what is wrong.
     """
-    app.define_help_flags()
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    _define_common(values)
+    define(values)
+    if any(argument in ("--help", "-help", "-h") for argument in argv):
+        print(f"{description or ''}\n{values.get_help()}")
+        return 0
     try:
-        # The config library looks for overrides of fields there and nowhere else.
         sys.argv = _with_config(argv)
-        rest = flags.FLAGS(sys.argv)[1:]
+        rest = values(sys.argv)[1:]
     except _CONFIG_ERRORS as error:
         return _fail(program, error)
     if rest:
         return _fail(program, ValueError(f"unexpected argument {rest[0]!r}"))
     try:
-        main()
+        main(values)
     except _EXPECTED as error:
-        if flags.FLAGS["traceback"].value:
+        if values["traceback"].value:
             raise
         return _fail(program, error)
     return 0
 
 
-def required(name: str) -> str:
+def _define_common(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "How to ask: configs/eval.py:tiny, :small or :echo_7b; --config.FIELD=VALUE changes a field.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "data",
+        None,
+        "Folder that data.build wrote, or a .jsonl file of records.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder to write to; a run that was cut short goes on in it.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "Ask only so many questions; 0 asks all.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "curves",
+        [],
+        "NAME=WORKDIR of a training stage whose curves the report shows; repeatable.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "traceback", False, "Show where in the code an error was found.", flag_values=values
+    )
+
+
+def value(values: flags.FlagValues, name: str) -> Any:
+    """Returns the value of a flag."""
+    return values[name].value
+
+
+def required(values: flags.FlagValues, name: str) -> str:
     """Returns the value of a flag that must be given."""
-    value = flags.FLAGS[name].value
-    if not value:
+    if not value(values, name):
         raise ValueError(f"--{name} is required")
-    return value
+    return value(values, name)
 
 
-def workdirs() -> dict[str, Path]:
-    """Returns the stages named by --curves."""
-    found = {}
-    for entry in flags.FLAGS["curves"].value or []:
-        name, separator, path = entry.partition("=")
-        if not (name and separator and path):
+def read_curves(values: flags.FlagValues) -> list[curves.Curve]:
+    """Returns the training curves of the stages named by --curves."""
+    stages = {}
+    for entry in value(values, "curves"):
+        name, _, path = entry.partition("=")
+        if not (name and path):
             raise ValueError(f"--curves {entry!r} is not NAME=WORKDIR")
         if not Path(path).is_dir():
             raise ValueError(f"--curves {entry!r}: no such folder")
-        found[name] = Path(path)
-    return found
-
-
-def read_curves() -> list[curves.Curve]:
-    """Returns the training curves of the stages named by --curves."""
-    return curves.read(workdirs())
-
-
-def exit_with(program: str, main: Callable[[], None]) -> NoReturn:
-    """Runs a command line and ends the process."""
-    sys.exit(run(program, main, sys.argv))
+        stages[name] = Path(path)
+    return curves.read(stages)
 
 
 def _with_config(argv: Sequence[str]) -> list[str]:
