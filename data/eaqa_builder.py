@@ -239,8 +239,11 @@ def build_records(made: EaqaScenes) -> dict[str, int]:
     return {name: int(split.num_examples) for name, split in made.info.splits.items()}
 
 
-def load_records(made: EaqaScenes, split: str) -> RecordSource:
+def load_records(made: tfds.core.DatasetBuilder, split: str) -> RecordSource:
     """Records of a split; `split` may be sliced, e.g. "train[:80%]".
+
+    Args:
+      made: from `builder`, or from `tfds.builder_from_directory` of a dataset that was built.
 
     Raises:
       ValueError: the dataset was not built, or has no such split.

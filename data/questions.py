@@ -28,6 +28,7 @@ STYLES = ("full", "short")
 STRATEGIES = ("direct", "scan", "mixed")
 MIN_ONSET_DIFFERENCE_S = 0.3
 MIN_DURATION_DIFFERENCE_S = 0.3
+MIN_GAP_DIFFERENCE_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,81 +203,90 @@ def draft_before(
     return _neighbour(scene, rng, vocabulary, after=False)
 
 
-def _window(rng: Rng, answer: int, low: int, high: int, size: int) -> list[int]:
-    """`size` numbers in a row that hold `answer`, inside [low, high] where that is wide enough."""
-    high = max(high, answer, low + size - 1)
-    first = int(rng.integers(max(low, answer - size + 1), min(answer, high - size + 1) + 1))
-    return [number for number in range(first, first + size) if number != answer]
+def _exchangeable(
+    rng: Rng, values: Mapping[Any, Any], config: QuestionConfig, least: float = 0
+) -> tuple[list[Any], Any] | None:
+    """Up to `num_choices` keys whose values differ by more than `least`, and one of them as the one asked for.
+
+    Every choice of such a question is the right answer to the same question about another key, and which key is asked
+    for is left to chance. So the choices tell nothing, however unevenly their values are distributed.
+    """
+    chosen: list[Any] = []
+    for i in rng.permutation(len(values)):
+        key = list(values)[i]
+        if all(abs(values[key] - values[other]) > least for other in chosen):
+            chosen.append(key)
+        if len(chosen) == config.num_choices:
+            break
+    if len(chosen) < config.min_choices:
+        return None
+    return chosen, chosen[int(rng.integers(len(chosen)))]
+
+
+def _alone(scene: Scene, i: int) -> bool:
+    """Whether event i overlaps with none of its neighbours."""
+    last = len(scene.events) - 1
+    return (i == 0 or _clear(scene, i - 1, i)) and (i == last or _clear(scene, i, i + 1))
 
 
 def draft_count(
     scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
 ) -> list[Draft]:
-    """How many times X is heard; how many sounds there are."""
+    """How many sounds come before X; which sound is heard n times; how many times X is heard."""
     labels, drafts = _labels(scene), []
-    everything = tuple(range(len(labels)))
     counts = {label: labels.count(label) for label in dict.fromkeys(labels)}
-    for label, count in counts.items():
-        # One label per count keeps "once" from being the usual answer.
-        same = [name for name, other in counts.items() if other == count]
-        if same[0] != label or len(counts) == len(labels):
-            continue
-        label = str(rng.choice(same))
-        wrong = [times_text(n) for n in _window(rng, count, 1, 4, config.num_choices)]
-        cites = tuple(i for i in everything if labels[i] == label)
-        slots = {"x": label, "n": times_text(count)}
-        roles = ("item",) * len(cites)
+    everything = tuple(range(len(labels)))
+
+    places = {i: i for i in _once(scene) if _alone(scene, i)}
+    if found := _exchangeable(rng, places, config):
+        chosen, i = found
+        wrong = tuple(str(j) for j in chosen if j != i)
+        cites, roles = tuple(range(i + 1)), ("item",) * i + ("anchor",)
+        slots = {"x": labels[i]}
+        drafts.append(Draft("count", "count_before", slots, str(i), wrong, cites, roles, cites))
+
+    for times in sorted(set(counts.values()) - {1}):
+        names = [label for label, count in counts.items() if count == times]
+        others = [str(label) for label in rng.permutation([n for n in counts if n not in names])]
+        answer = names[int(rng.integers(len(names)))]
+        cites = tuple(i for i in everything if labels[i] == answer)
+        slots, roles = {"n": times_text(times)}, ("item",) * len(cites)
         drafts.append(
-            Draft(
-                "count",
-                "count_label",
-                slots,
-                times_text(count),
-                tuple(wrong),
-                cites,
-                roles,
-                everything,
-            )
+            Draft("count", "count_which", slots, answer, tuple(others), cites, roles, everything)
         )
-    wrong = [str(n) for n in _window(rng, len(labels), 1, 9, config.num_choices)]
-    roles, slots = ("item",) * len(labels), {"n": str(len(labels))}
-    drafts.append(
-        Draft(
-            "count",
-            "count_all",
-            slots,
-            str(len(labels)),
-            tuple(wrong),
-            everything,
-            roles,
-            everything,
-        )
-    )
+
+    if found := _exchangeable(rng, counts, config):
+        chosen, label = found
+        wrong = tuple(times_text(counts[other]) for other in chosen if other != label)
+        cites = tuple(i for i in everything if labels[i] == label)
+        answer = times_text(counts[label])
+        slots, roles = {"x": label, "n": answer}, ("item",) * len(cites)
+        drafts.append(Draft("count", "count_label", slots, answer, wrong, cites, roles, everything))
     return drafts
 
 
 def draft_gap(
     scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
 ) -> list[Draft]:
-    """How long between the end of X and the start of the next sound Y; both are heard once."""
-    events, once, drafts = scene.events, set(_once(scene)), []
-    for i in range(len(events) - 1):
-        j = i + 1
-        if not {i, j} <= once or not _clear(scene, i, j):
-            continue
-        gap = round(events[j].start_s - events[i].end_s, 1)
-        if gap < 0.2:
-            continue
-        # Steps that a listener can tell apart: at least 0.5 s, and wider for longer pauses.
-        step = max(0.5, round(0.35 * gap, 1))
-        ranks = [r for r in range(config.num_choices) if gap - r * step > 0.05]
-        rank = int(rng.choice(ranks))
-        values = [gap + (r - rank) * step for r in range(config.num_choices) if r != rank]
+    """How long from the end of X to the start of Y, both heard once; the wrong choices are other gaps of the scene."""
+    events, once = scene.events, _once(scene)
+    gaps = {
+        (i, j): round(events[j].start_s - events[i].end_s, 1)
+        for i in once
+        for j in once
+        if i < j and _clear(scene, i, j)
+    }
+    drafts = []
+    for _ in range(3):
+        if not (found := _exchangeable(rng, gaps, config, MIN_GAP_DIFFERENCE_S - 1e-9)):
+            break
+        chosen, (i, j) = found
+        wrong = tuple(seconds_text(gaps[pair]) for pair in chosen if pair != (i, j))
         slots = {"x": events[i].label, "y": events[j].label}
         slots |= {"e": f"{events[i].end_s:.1f}", "s": f"{events[j].start_s:.1f}"}
-        wrong = tuple(seconds_text(value) for value in values)
-        roles, scan = ("anchor", "next"), tuple(range(j + 1))
-        drafts.append(Draft("gap", "gap", slots, seconds_text(gap), wrong, (i, j), roles, scan))
+        answer, roles, scan = seconds_text(gaps[i, j]), ("anchor", "anchor"), tuple(range(j + 1))
+        drafts.append(Draft("gap", "gap", slots, answer, wrong, (i, j), roles, scan))
+        del gaps[i, j]
     return drafts
 
 
@@ -284,23 +294,22 @@ def draft_duration(
     scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
 ) -> list[Draft]:
     """Which of the listed sounds lasts longest or shortest; each is heard once in this scene."""
-    once, drafts = _once(scene), []
-    for size in range(config.num_choices, config.min_choices - 1, -1):
-        if len(once) < size:
-            continue
-        chosen = sorted(int(i) for i in rng.permutation(once)[:size])
+    events, drafts, seen = scene.events, [], set()
+    lengths = {i: events[i].duration_s for i in _once(scene)}
+    size = min(config.num_choices, len(lengths))
+    for _ in range(6 if size >= config.min_choices else 0):
+        chosen = tuple(sorted(int(i) for i in rng.permutation(list(lengths))[:size]))
         for form, sign in (("longest", -1), ("shortest", 1)):
-            ranked = sorted(chosen, key=lambda i: sign * scene.events[i].duration_s)
-            best, second = (scene.events[i].duration_s for i in ranked[:2])
-            if abs(best - second) < MIN_DURATION_DIFFERENCE_S - 1e-9:
+            ranked = sorted(chosen, key=lambda i: sign * lengths[i])
+            margin = abs(lengths[ranked[0]] - lengths[ranked[1]])
+            if (form, chosen) in seen or margin < MIN_DURATION_DIFFERENCE_S - 1e-9:
                 continue
-            wrong = tuple(scene.events[i].label for i in ranked[1:])
-            answer, roles = scene.events[ranked[0]].label, ("item",) * size
-            cites = tuple(chosen)
+            seen.add((form, chosen))
+            wrong, roles = tuple(events[i].label for i in ranked[1:]), ("item",) * size
+            answer = events[ranked[0]].label
             drafts.append(
-                Draft("duration", form, {}, answer, wrong, cites, roles, cites, timed=True)
+                Draft("duration", form, {}, answer, wrong, chosen, roles, chosen, timed=True)
             )
-        break
     return drafts
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import csv
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.fft
 import soundfile
 
 from data import recordings, sounds
@@ -205,15 +207,21 @@ def plan_scene(config: SceneConfig, split: str, index: int) -> ScenePlan:
     return ScenePlan(scene, rate, channels, seed, levels, kind, noise_db)
 
 
+@functools.lru_cache(maxsize=16)
+def _colour(size: int, sampling_rate: int, slope: float) -> np.ndarray:
+    """Amplitude of coloured noise at the frequencies of an rfft of `size`, flat below 40 Hz: f32[size // 2 + 1]."""
+    hz = np.fft.rfftfreq(size, 1 / sampling_rate)
+    return (np.maximum(hz, 40.0) ** -slope).astype(np.float32)
+
+
 def _noise(rng: np.random.Generator, n: int, sampling_rate: int, slope: float) -> np.ndarray:
     """Coloured noise with RMS 1: f32[n]."""
-    white = rng.standard_normal(n, dtype=np.float32)
+    noise = rng.standard_normal(n, dtype=np.float32)
     if slope:
-        size = 1 << (n - 1).bit_length()
-        spectrum = np.fft.rfft(white, size)
-        hz = np.fft.rfftfreq(size, 1 / sampling_rate)
-        white = np.fft.irfft(spectrum * np.maximum(hz, 40.0) ** -slope)[:n].astype(np.float32)
-    return white / np.sqrt(np.mean(white**2))
+        size = scipy.fft.next_fast_len(n, real=True)
+        spectrum = scipy.fft.rfft(noise, size) * _colour(size, sampling_rate, slope)
+        noise = scipy.fft.irfft(spectrum, size)[:n]
+    return noise / np.sqrt(np.mean(noise**2))
 
 
 def render_scene(plan: ScenePlan, source: recordings.Recordings | None = None) -> np.ndarray:

@@ -120,11 +120,12 @@ def _phase(frequency_hz: np.ndarray, sampling_rate: int) -> np.ndarray:
 
 def _harmonics(phase: np.ndarray, pitch_hz: float, decay: float, count: int) -> np.ndarray:
     """Sum of sin(k phase) / k**decay over the harmonics below 7 kHz."""
-    wave = np.zeros_like(phase)
-    for k in range(1, count + 1):
-        if k * pitch_hz > 7000:
-            break
-        wave += np.sin(k * phase) / k**decay
+    # sin((k + 1) x) = 2 cos(x) sin(k x) - sin((k - 1) x): a product where a sine would be ten times slower.
+    twice_cosine, before, now = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
+    wave = now.copy()
+    for k in range(2, min(count, int(7000 / pitch_hz)) + 1):
+        before, now = now, twice_cosine * now - before
+        wave += now / k**decay
     return wave
 
 

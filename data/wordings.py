@@ -41,15 +41,20 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "How often does the recording bring the {x}?",
         "Count the {x}: how many separate times is that sound heard?",
     ),
-    "count_all": (
-        "How many separate sounds are there?",
-        "How many sound events can be heard in all?",
-        "From start to end, how many sounds occur?",
+    "count_which": (
+        "Which of these sounds is heard {n}?",
+        "Which sound occurs exactly {n}?",
+        "One of these sounds is heard {n}: which one?",
+    ),
+    "count_before": (
+        "How many sounds are heard before the {x}?",
+        "How many sounds come before the {x}?",
+        "Counting from the start, how many sounds lead up to the {x}?",
     ),
     "gap": (
-        "How long is the pause between the {x} and the {y}?",
         "How much time passes from the end of the {x} to the start of the {y}?",
-        "About how long is it quiet between the {x} and the {y}?",
+        "How long is it from the end of the {x} to the start of the {y}?",
+        "After the {x} has ended, how long does it take until the {y} starts?",
     ),
     "longest": (
         "Which of these sounds lasts longest?",
@@ -96,15 +101,20 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "The same sound may return, so I go through every candidate for the {x}.",
         "I want to be careful not to miss a repetition of the {x}.",
     ),
-    "count_all": (
-        "I go through the recording from start to end and count what I hear.",
-        "To get the number right, I check the sounds one at a time.",
-        "Counting needs a pass over the whole recording, sound by sound.",
+    "count_which": (
+        "Something is repeated here, and I have to find each place where it returns.",
+        "To know how often a sound is heard I go through the places one at a time.",
+        "The sounds that return matter, so I listen for a repetition.",
+    ),
+    "count_before": (
+        "I go through the recording from its start and count until the {x} comes.",
+        "To get the number right, I check the sounds one at a time up to the {x}.",
+        "Everything ahead of the {x} counts, so I listen to each sound in turn.",
     ),
     "gap": (
         "I need the moment where the {x} ends and the moment where the {y} begins.",
-        "The pause is what lies between the two sounds, so both borders have to be heard exactly.",
-        "To measure the silence I locate the {x} first and then the {y}.",
+        "The time asked for lies between two sounds, so both borders have to be heard exactly.",
+        "To measure the distance I locate the {x} first and then the {y}.",
     ),
     "longest": (
         "I have to compare durations, so each of the sounds needs a start and an end.",
@@ -189,10 +199,14 @@ CLOSINGS: dict[str, tuple[str, ...]] = {
     ),
     "before": ("So right before the {x} I hear the {a}.", "Hence the {a} leads into the {x}."),
     "count_label": ("So I count the {x} {n} in all.", "In total that gives {n} for the {x}."),
-    "count_all": ("Altogether that gives {n} sounds.", "So I arrive at {n} separate sounds."),
+    "count_which": ("So the sound that is heard {n} is the {a}.", "Only the {a} can be heard {n}."),
+    "count_before": (
+        "So the number of sounds before the {x} is {a}.",
+        "That makes {a} ahead of the {x}.",
+    ),
     "gap": (
         "From the end at {e} to the start at {s} it is {a}.",
-        "The pause from {e} to {s} therefore lasts {a}.",
+        "The time from {e} to {s} is therefore {a}.",
     ),
     "longest": ("Nothing lasts longer than the {a}.", "So the longest one is the {a}."),
     "shortest": ("Nothing is shorter than the {a}.", "So the shortest one is the {a}."),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
 
 from configs.scenes import get_config
 from data import build, eaqa_builder
@@ -33,6 +34,13 @@ def test_records_read_back_are_the_records_made(built):
     source = eaqa_builder.load_records(made, "train")
     assert list(source) == expected
     assert len(eaqa_builder.load_records(made, "train[:50%]")) == len(expected) // 2
+
+
+def test_a_built_dataset_opens_by_its_directory(built):
+    folder, result = built
+    opened = tfds.builder_from_directory(str(result["directory"]))
+    source = eaqa_builder.load_records(opened, "test")
+    assert list(source) == list(eaqa_builder.load_records(_made(folder), "test"))
 
 
 def test_tensorflow_is_not_needed(built):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 
 import pytest
@@ -53,8 +54,13 @@ def _solve(record: EaqaRecord) -> str:
     if form == "count_label":
         n = sum(e.label == slots["x"] for e in events)
         return "once" if n == 1 else "twice" if n == 2 else f"{n} times"
-    if form == "count_all":
-        return str(len(events))
+    if form == "count_which":
+        times = {"twice": 2}.get(slots["n"]) or int(slots["n"].split()[0])
+        right = [c for c in record.choices if sum(e.label == c for e in events) == times]
+        assert len(right) == 1
+        return right[0]
+    if form == "count_before":
+        return str(sum(e.start_s < by_name[slots["x"]].start_s for e in events))
     if form == "gap":
         return f"{by_name[slots['y']].start_s - by_name[slots['x']].end_s:.1f} seconds"
     if form in ("longest", "shortest"):
@@ -152,3 +158,28 @@ def test_bad_fields_are_named():
         questions.QuestionConfig.from_mapping({"stile": "short"})
     with pytest.raises(ValueError, match=r"questions\.kinds\.colour is unknown"):
         questions.QuestionConfig(kinds={"colour": 1.0})
+
+
+def test_text_alone_does_not_give_the_answer():
+    """Majority over the choices' text, their set and their order, learned on other scenes, stays near chance."""
+    config = questions.QuestionConfig(kinds=ALL_KINDS, per_scene=4)
+
+    def make(split: str, count: int) -> list[EaqaRecord]:
+        planned = (scenes.plan_scene(CONFIG, split, i).scene for i in range(count))
+        return list(questions.make_questions(planned, config, reasoning=False))
+
+    offered, right = collections.Counter(), collections.Counter()
+    ranks: dict[str, collections.Counter] = {kind: collections.Counter() for kind in KINDS}
+    for record in make("train", 2_000):
+        offered.update((record.kind, choice) for choice in record.choices)
+        right[record.kind, record.answer] += 1
+        ranks[record.kind][sorted(record.choices).index(record.answer)] += 1
+    hits = collections.Counter()
+    for record in (unseen := make("test", 700)):
+        rate = {c: right[record.kind, c] / max(offered[record.kind, c], 1) for c in record.choices}
+        hits["prior"] += max(rate, key=rate.__getitem__) == record.answer
+        rank = ranks[record.kind].most_common(1)[0][0]
+        hits["rank"] += sorted(record.choices)[rank] == record.answer
+        hits["longest"] += max(record.choices, key=len) == record.answer
+    for name, count in hits.items():
+        assert 0.22 < count / len(unseen) < 0.28, name
