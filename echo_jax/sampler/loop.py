@@ -186,6 +186,8 @@ class Sampler:
         if options.insert_audio:
             rest = self.automaton.rest_index(state.tag)
             token = self.automaton.stop_event(rest, token)
+            # Kept only where the token is the stop event, so that a replay needs no second look at the tables.
+            rest = jnp.where(token == jnp.asarray(self.automaton.canonical)[rest], rest, -1)
         logprob = self.automaton.event_log_prob(log_probs, rest, token)
 
         write_at = jnp.where(moving, state.length, state.tokens.shape[1])

@@ -19,8 +19,8 @@ from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler.state import FinishReason, SamplingOptions
 from echo_jax.text.tokenizer import Tokenizer
 
-_CLOSED_TAG = re.compile(r"<seg>([\d\.]+),\s*([\d\.]+)</seg>$")
-_NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+|\d+\.")
+_CLOSED_TAG = re.compile(r"<seg>([\d\.]+),\s*([\d\.]+)</seg>$", re.ASCII)
+_NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+|\d+\.", re.ASCII)
 _STOP = "</seg>"
 
 
@@ -134,7 +134,7 @@ def _insertable_span(text: str, num_samples: int) -> tuple[int, int] | None:
     match = _CLOSED_TAG.search(text)
     if not match or not all(_NUMBER.fullmatch(number) for number in match.groups()):
         return None
-    begin, end = (int(decimal.Decimal(number) * frontend.SAMPLE_RATE) for number in match.groups())
+    begin, end = (int(decimal.Decimal(number) * frontend.SAMPLE_RATE + decimal.Decimal("0.5")) for number in match.groups())
     end = min(end, num_samples)
     return (begin, end) if end - begin >= 3_200 else None
 
