@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from echo_jax.train.sft import SumAndDenominator
+
 Entry = TypeVar("Entry")
 
 STD_EPSILON = 1e-6
@@ -24,6 +26,8 @@ KL_BOUND = 10.0
 # exp() of a larger difference would overflow in the backward pass; far beyond both the ratio clip
 # and KL_BOUND, so no value changes.
 LOG_RATIO_BOUND = 20.0
+# A logit that is never drawn; finite, so that no gradient becomes 0 x inf.
+NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +110,12 @@ def get_advantage(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def token_logprobs(
-    logits_blv: jax.Array,
-    tokens_bl: jax.Array,
+    logits_bkv: jax.Array,
+    tokens_bk: jax.Array,
     temperature: float,
-    stop_rest_bl: jax.Array | None = None,
-    stop_sets_rv: jax.Array | None = None,
+    sampleable_v: jax.Array,
+    stop_rest_bk: jax.Array,
+    stop_mask_rv: np.ndarray,
 ) -> jax.Array:
     """Log-probability of every token under the distribution it was sampled from.
 
@@ -119,28 +124,25 @@ def token_logprobs(
     event.
 
     Args:
-        logits_blv: f[B, L, V]; position t predicts token t + 1.
-        tokens_bl: i32[B, L].
+        logits_bkv: f[B, K, V], each predicting tokens_bk[b, k].
+        tokens_bk: i32[B, K].
         temperature: of the rollout, more than 0.
-        stop_rest_bl: i32[B, L], row of `stop_sets_rv` where the token was a stop event, -1
-            elsewhere; None without events.
-        stop_sets_rv: bool[R, V], the tokens of every event.
+        sampleable_v: bool[V], what the sampler can draw; the rest has probability 0.
+        stop_rest_bk: i32[B, K], row of `stop_mask_rv` where the token was a stop event, -1 elsewhere.
+        stop_mask_rv: bool[R, V], the tokens of every event; a constant of the compiled function.
 
     Returns:
-        f32[B, L]; position t holds the log-probability of tokens_bl[:, t], position 0 holds 0.
+        f32[B, K].
     """
-    logp_blv = jax.nn.log_softmax(logits_blv[:, :-1].astype(jnp.float32) / temperature, axis=-1)
-    chosen_bl = jnp.take_along_axis(logp_blv, tokens_bl[:, 1:, None], axis=-1)[..., 0]
-    if stop_rest_bl is not None and stop_sets_rv is not None:
-        rest_bl = stop_rest_bl[:, 1:]
-
-        def event(logp_v: jax.Array, rest: jax.Array, chosen: jax.Array) -> jax.Array:
-            members_v = stop_sets_rv[jnp.maximum(rest, 0)]
-            total = jax.nn.logsumexp(jnp.where(members_v, logp_v, -jnp.inf), where=members_v)
-            return jnp.where(rest >= 0, total, chosen)
-
-        chosen_bl = jax.vmap(jax.vmap(event))(logp_blv, rest_bl, chosen_bl)
-    return jnp.pad(chosen_bl, ((0, 0), (1, 0)))
+    logits_bkv = jnp.where(sampleable_v, logits_bkv.astype(jnp.float32), NEVER) / temperature
+    logp_bkv = jax.nn.log_softmax(logits_bkv, axis=-1)
+    chosen_bk = jnp.take_along_axis(logp_bkv, tokens_bk[..., None], axis=-1)[..., 0]
+    for rest, members_v in enumerate(stop_mask_rv):
+        if members_v.sum() < 2:
+            continue  # the event is its canonical token
+        event_bk = jax.nn.logsumexp(jnp.where(members_v, logp_bkv, NEVER), axis=-1)
+        chosen_bk = jnp.where(stop_rest_bk == rest, event_bk, chosen_bk)
+    return chosen_bk
 
 
 # -------------------- KL, loss --------------------
@@ -187,8 +189,6 @@ AGGREGATIONS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Ar
     "sequence_mean": sequence_mean,
     "token_mean": token_mean,
 }
-
-SumAndDenominator = tuple[jax.Array, jax.Array]
 
 
 def policy_loss(

@@ -153,6 +153,13 @@ def final_answer(text: str, options: RewardOptions = RewardOptions()) -> str | N
     return text[slice(*answer)].strip() if answer else None
 
 
+def _times(citations: Sequence[segments.Citation]) -> list[tuple[float, float]]:
+    """Those that are two numbers."""
+    return [
+        (c.start_s, c.end_s) for c in citations if c.start_s is not None and c.end_s is not None
+    ]
+
+
 def cited_spans(
     response: Response, options: RewardOptions = RewardOptions()
 ) -> list[tuple[float, float]]:
@@ -165,13 +172,12 @@ def cited_spans(
     data = response.text.encode("utf-8", errors="replace")
     citations = segments.parse_bytes(data, response.num_samples)
     if options.pay_uninsertable:
-        readable = [c for c in citations if c.start_s is not None and c.end_s is not None]
-        return [(c.start_s, max(c.start_s, c.end_s)) for c in readable]
-    valid = [c for c in citations if c.valid]
+        return [(start, max(start, end)) for start, end in _times(citations)]
+    valid = _times([c for c in citations if c.valid])
     if response.num_inserted is not None:
         valid = valid[: response.num_inserted]
     duration_s = response.num_samples / segments.SAMPLE_RATE
-    return list(dict.fromkeys((c.start_s, min(c.end_s, duration_s)) for c in valid))
+    return list(dict.fromkeys((start, min(end, duration_s)) for start, end in valid))
 
 
 def span_statistics(spans: Sequence[tuple[float, float]]) -> dict[str, float]:

@@ -2,37 +2,102 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from echo_jax.train.grpo import SumAndDenominator
+from echo_jax.arrays import Params
+from echo_jax.model import language_model, thinker
+from echo_jax.model.config import ThinkerConfig
+from echo_jax.train import targets
+
+TARGET_MULTIPLE = 32
+
+SumAndDenominator = tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class ChatBatch:
+    """Chats to learn from. In a stack of micro-batches every field has a leading axis more.
+
+    Attributes:
+        tokens: i32[B, L], right padded.
+        positions: i32[B, K], indices of the target tokens, 0 where there are fewer (`targets.positions_of`).
+        clips: the audio of all rows.
+    """
+
+    tokens: Any
+    positions: Any
+    clips: thinker.AudioClips
+
+
+def stack_micro_batches(batch: dict[str, Any], count: int) -> ChatBatch:
+    """Cuts a chat batch into `count` micro-batches along a new first axis.
+
+    Args:
+        batch: tokens i32[B, L], loss_mask [B, L], waveforms f32[C, S], num_samples, clip_row, clip_start i32[C]; the C
+            clip slots belong to the rows in order, C / B each.
+        count: divides B.
+
+    Raises:
+        ValueError: it does not.
+    """
+    rows = batch["tokens"].shape[0]
+    if rows % count:
+        raise ValueError(f"micro_batches={count} does not divide the batch of {rows} rows")
+
+    def stack(values: np.ndarray) -> Any:
+        return values.reshape(count, values.shape[0] // count, *values.shape[1:])
+
+    return ChatBatch(
+        tokens=stack(batch["tokens"]),
+        positions=stack(targets.positions_of(batch["loss_mask"] > 0, TARGET_MULTIPLE)),
+        clips=thinker.AudioClips(
+            waveforms=stack(batch["waveforms"]),
+            num_samples=stack(batch["num_samples"]),
+            row=stack(batch["clip_row"] % (rows // count)),
+            start=stack(batch["clip_start"]),
+        ),
+    )
 
 
 def cross_entropy(
-    logits_blv: jax.Array, tokens_bl: jax.Array, loss_mask_bl: jax.Array
+    logits_bkv: jax.Array, tokens_bk: jax.Array, mask_bk: jax.Array
 ) -> dict[str, SumAndDenominator]:
-    """Next-token cross-entropy over the marked tokens (Echo paper, SFT stage; ``<|im_end|>``
-    included by the mask).
+    """Cross-entropy over the marked targets (Echo paper, SFT stage).
 
     Args:
-        logits_blv: f[B, L, V]; position t predicts token t + 1.
-        tokens_bl: i32[B, L].
-        loss_mask_bl: f32[B, L], 1 where tokens_bl[:, t] is a target; the first column has no
-            prediction and is ignored.
+        logits_bkv: f[B, K, V], each predicting tokens_bk[b, k].
+        tokens_bk: i32[B, K].
+        mask_bk: f32 or bool[B, K].
 
     Returns:
-        ``loss`` (nats, targets), ``accuracy`` (targets that are the likeliest token, targets): sums
-        and their denominators.
+        ``loss`` (nats, targets), ``accuracy`` (targets that are the likeliest token, targets): sums and their
+        denominators.
     """
-    mask_bl = loss_mask_bl[:, 1:].astype(jnp.float32)
-    targets_bl = tokens_bl[:, 1:]
-    logits_blv = logits_blv[:, :-1].astype(jnp.float32)
-    logp_bl = jnp.take_along_axis(
-        jax.nn.log_softmax(logits_blv, axis=-1), targets_bl[..., None], axis=-1
+    mask_bk = mask_bk.astype(jnp.float32)
+    logits_bkv = logits_bkv.astype(jnp.float32)
+    logp_bk = jnp.take_along_axis(
+        jax.nn.log_softmax(logits_bkv, axis=-1), tokens_bk[..., None], axis=-1
     )[..., 0]
-    right_bl = (jnp.argmax(logits_blv, axis=-1) == targets_bl).astype(jnp.float32)
-    denominator = mask_bl.sum()
+    right_bk = (jnp.argmax(logits_bkv, axis=-1) == tokens_bk).astype(jnp.float32)
+    denominator = mask_bk.sum()
     return {
-        "loss": (-(logp_bl * mask_bl).sum(), denominator),
-        "accuracy": ((right_bl * mask_bl).sum(), denominator),
+        "loss": (-(logp_bk * mask_bk).sum(), denominator),
+        "accuracy": ((right_bk * mask_bk).sum(), denominator),
     }
+
+
+def chat_loss(
+    config: ThinkerConfig, remat: bool, params: Params, batch: ChatBatch
+) -> dict[str, SumAndDenominator]:
+    """`cross_entropy` of the thinker on one micro-batch."""
+    hidden_ble = thinker.forward_hidden(config, params, batch.tokens, (batch.clips,), remat)
+    logits_bkv = language_model.unembed(
+        params["language_model"], targets.predicting(hidden_ble, batch.positions)
+    )
+    tokens_bk = jnp.take_along_axis(batch.tokens, batch.positions, axis=1)
+    return cross_entropy(logits_bkv, tokens_bk, batch.positions > 0)

@@ -1,0 +1,81 @@
+"""SFT: cross-entropy on grounded reasoning, the audio once, in the prompt.
+
+    python -m launch.train --config=configs/sft.py:tiny --workdir=DIR --config.data.root=DATA \
+        --config.init_from=BASE [--config.optimizer.learning_rate=1e-3]
+
+`echo_7b` holds the paper's values (learning rate, batch, frozen audio tower); `echo_7b_released` those of the released
+script (batch of 64, cosine, weight decay).
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "tiny") -> ConfigDict:
+    """Config of the SFT stage; `arg` is "tiny", "small", "test", "echo_7b" or "echo_7b_released"."""
+    config = common.stage("sft")
+    config.batch_size = 16
+    config.micro_batches = 1
+    config.parameter_rules = common.FROZEN_TOWER
+    config.optimizer.b2 = 0.95
+    variants = {
+        "tiny": _tiny,
+        "small": _small,
+        "test": _test,
+        "echo_7b": _echo_7b,
+        "echo_7b_released": _echo_7b_released,
+    }
+    return common.choose("configs/sft.py", arg, config, variants)
+
+
+def _tiny(config: ConfigDict) -> None:
+    config.prompt = "tiny"
+    config.data.clip_seconds = 10.0
+    config.batch_size = 32
+    config.total_steps = 600
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.weight_decay = 0.1
+
+
+def _small(config: ConfigDict) -> None:
+    _tiny(config)
+    config.data.clip_seconds = 30.0
+    config.total_steps = 2000
+
+
+def _test(config: ConfigDict) -> None:
+    _tiny(config)
+    config.data.clip_seconds = 8.0
+    config.batch_size = 2
+    config.total_steps = 4
+    config.checkpoint.every_steps = 2
+
+
+def _echo_7b(config: ConfigDict) -> None:
+    config.init_from = "Qwen/Qwen2.5-Omni-7B"
+    config.data.clip_seconds = 30.0
+    config.data.max_tokens = 2048
+    config.batch_size = 16
+    config.total_steps = 75_862 // 16  # one pass over EAQA-SFT
+    config.remat = True
+    config.optimizer.learning_rate = 5e-6
+    # "Linear warm-up over 5 %"; what follows is not stated.
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_fraction = 0.05
+    config.checkpoint.every_steps = 500
+
+
+def _echo_7b_released(config: ConfigDict) -> None:
+    _echo_7b(config)
+    config.batch_size = 64
+    config.micro_batches = 4
+    config.total_steps = 75_862 // 64
+    config.optimizer.schedule = "cosine"
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.weight_decay = 0.1

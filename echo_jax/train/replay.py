@@ -1,0 +1,269 @@
+"""Replays rollouts in the trainer: the same ids, the same clips, the same positions, nothing tokenized again.
+
+A rollout's rows are whole sequences, so one forward pass gives the log-probability of every sampled token. The clips
+are cut from the recording once more, by the sample ranges that the sampler returned. A recording is encoded once for
+all rows of its group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echo_jax.arrays import Params
+from echo_jax.model import frontend, language_model, thinker
+from echo_jax.model.config import ThinkerConfig
+from echo_jax.sampler import loop
+from echo_jax.sampler.state import Prompts, Rollout
+from echo_jax.train import grpo, targets
+from echo_jax.train.sft import SumAndDenominator
+
+# By how much the room for clips grows where the least is not enough: a few large steps, few compilations.
+_SLOT_GROWTH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayOptions:
+    """How rollouts are put into arrays, and what the log-probabilities depend on.
+
+    Attributes:
+        group: rows per prompt.
+        buffers: lengths of the segment buffers in samples, ascending; the last holds any segment.
+        least_slots: clips that each buffer of a micro-batch has room for at least; () = one a row for the first buffer,
+            one for eight rows for the others.
+        token_multiple: L is rounded up to it.
+        target_multiple: K is rounded up to it.
+        temperature: of the rollout.
+        remat: recompute activations in the backward pass.
+    """
+
+    group: int
+    buffers: tuple[int, ...]
+    least_slots: tuple[int, ...] = ()
+    token_multiple: int = 128
+    target_multiple: int = 64
+    temperature: float = 1.0
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.least_slots and len(self.least_slots) != len(self.buffers):
+            raise ValueError(
+                f"replay.least_slots has {len(self.least_slots)} entries for {len(self.buffers)} segment buffers"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be more than 0 in training, not {self.temperature}")
+
+
+@flax.struct.dataclass
+class SegmentSlots:
+    """The inserted clips of a micro-batch that share a buffer length; slots without a clip have num_samples 0.
+
+    Attributes:
+        row: i32[C], the row that heard the clip.
+        begin: i32[C], its first sample in the recording.
+        num_samples: i32[C].
+        start: i32[C], index in the row of the clip's first <|AUDIO|>.
+    """
+
+    row: Any
+    begin: Any
+    num_samples: Any
+    start: Any
+
+
+@flax.struct.dataclass
+class ReplayBatch:
+    """Rows to learn from. In a stack of micro-batches every field has a leading axis more.
+
+    Attributes:
+        prompts: Q recordings and where they start; `tokens` and `length` are those of the prompts.
+        tokens: i32[B, L], B = Q x group whole rows, those of a prompt together.
+        positions: i32[B, K], indices of the sampled tokens, 0 where there are fewer.
+        stop_rest: i32[B, K], the stop event at each of them, -1 for none.
+        old_logprob: f32[B, K], from the sampler.
+        advantage: f32[B].
+        segments: the inserted clips, one entry a buffer length.
+    """
+
+    prompts: Prompts
+    tokens: Any
+    positions: Any
+    stop_rest: Any
+    old_logprob: Any
+    advantage: Any
+    segments: tuple[SegmentSlots, ...]
+
+
+# -------------------- host: rollout to arrays --------------------
+
+
+def _slots(needed: int, least: int) -> int:
+    while least < needed:
+        least *= _SLOT_GROWTH
+    return least
+
+
+def _segment_slots(
+    rollout: Rollout, rows: Sequence[np.ndarray], options: ReplayOptions
+) -> tuple[SegmentSlots, ...]:
+    """The clips of each micro-batch (an array of row numbers), stacked, one entry a buffer length."""
+    num_rows = len(rows[0])
+    least = options.least_slots or (num_rows, *[max(num_rows // 8, 1)] * (len(options.buffers) - 1))
+    # [micro-batch][buffer] -> list of (row, begin, num_samples, start)
+    found: list[list[list[tuple[int, int, int, int]]]] = []
+    for members in rows:
+        by_buffer: list[list[tuple[int, int, int, int]]] = [[] for _ in options.buffers]
+        for local, row in enumerate(members):
+            for i in range(int(rollout.num_segments[row])):
+                begin, end = (int(x) for x in rollout.segment_samples[row, i])
+                buffer = int(np.searchsorted(options.buffers, end - begin))
+                start = int(rollout.segment_token_start[row, i])
+                by_buffer[buffer].append((local, begin, end - begin, start))
+        found.append(by_buffer)
+    result = []
+    for buffer in range(len(options.buffers)):
+        width = _slots(max(len(micro[buffer]) for micro in found), least[buffer])
+        table = np.zeros((len(rows), width, 4), np.int32)
+        for number, micro in enumerate(found):
+            if micro[buffer]:
+                table[number, : len(micro[buffer])] = micro[buffer]
+        result.append(SegmentSlots(*(np.ascontiguousarray(table[..., k]) for k in range(4))))
+    return tuple(result)
+
+
+def stack_micro_batches(
+    rollout: Rollout,
+    prompts: Prompts,
+    advantage: np.ndarray,
+    queries: np.ndarray,
+    micro_batches: int,
+    options: ReplayOptions,
+) -> ReplayBatch:
+    """Arrays of one mini-batch, cut into micro-batches along a new first axis.
+
+    Args:
+        rollout: all rows of the step, numpy; row q * group + g answers prompt q.
+        prompts: all prompts of the step, numpy.
+        advantage: f32[rows of the step].
+        queries: the prompts of this mini-batch.
+        micro_batches: divides their number.
+        options: shapes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(queries) % micro_batches:
+        raise ValueError(f"{micro_batches} micro-batches do not divide {len(queries)} queries")
+    chosen = np.asarray(queries).reshape(micro_batches, -1)
+    rows = (chosen[..., None] * options.group + np.arange(options.group)).reshape(micro_batches, -1)
+    capacity = rollout.tokens.shape[1]
+    longest = int(np.max(np.asarray(rollout.length)[rows]))
+    length = min(-(-longest // options.token_multiple) * options.token_multiple, capacity)
+    flat = rows.reshape(-1)
+    positions = targets.positions_of(np.asarray(rollout.sampled)[flat], options.target_multiple)
+
+    def stacked(values: np.ndarray) -> np.ndarray:
+        return values.reshape(*rows.shape, *values.shape[1:])
+
+    def sampled(values: Any) -> np.ndarray:
+        return stacked(targets.at(np.asarray(values)[flat], positions))
+
+    return ReplayBatch(
+        prompts=jax.tree.map(lambda x: np.asarray(x)[chosen], prompts),
+        tokens=np.asarray(rollout.tokens)[rows, :length],
+        positions=stacked(positions),
+        stop_rest=sampled(rollout.stop_rest),
+        old_logprob=sampled(rollout.logprob),
+        advantage=np.asarray(advantage, np.float32)[rows],
+        segments=_segment_slots(rollout, list(rows), options),
+    )
+
+
+# -------------------- device: arrays to log-probabilities --------------------
+
+
+def hidden_states(
+    config: ThinkerConfig, params: Params, batch: ReplayBatch, options: ReplayOptions
+) -> jax.Array:
+    """Final hidden states of all rows: [B, L, hidden_size]."""
+    prompts, group = batch.prompts, options.group
+    num_rows = batch.tokens.shape[0]
+    x_ble = language_model.embed(params["language_model"], batch.tokens)
+    num_samples = jnp.asarray(prompts.num_samples)
+    audio = thinker.encode_audio(config, params, jnp.asarray(prompts.waveforms), num_samples)
+    x_ble = thinker.merge_audio(
+        x_ble,
+        jnp.repeat(audio, group, axis=0),
+        jnp.repeat(frontend.num_audio_tokens(num_samples), group),
+        jnp.arange(num_rows),
+        jnp.repeat(jnp.asarray(prompts.audio_start), group),
+    )
+    for slots, buffer in zip(batch.segments, options.buffers, strict=True):
+        clips = loop.cut_segments(
+            prompts, slots.row // group, slots.begin, slots.num_samples, buffer
+        )
+        audio = thinker.encode_audio(config, params, clips, slots.num_samples)
+        num_tokens = frontend.num_audio_tokens(slots.num_samples)
+        x_ble = thinker.merge_audio(x_ble, audio, num_tokens, slots.row, slots.start)
+    return language_model.forward(config.text, params["language_model"], x_ble, options.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What the sampling distribution depends on beside the logits.
+
+    Attributes:
+        sampleable: bool[V], tokens that can be drawn.
+        stop_mask: bool[R, V], the tokens of each stop event.
+    """
+
+    sampleable: np.ndarray
+    stop_mask: np.ndarray
+
+
+def logprobs(
+    config: ThinkerConfig,
+    options: ReplayOptions,
+    vocabulary: Vocabulary,
+    params: Params,
+    batch: ReplayBatch,
+) -> jax.Array:
+    """Log-probabilities of the sampled tokens under `params`: f32[B, K], anything where positions is 0."""
+    hidden_ble = hidden_states(config, params, batch, options)
+    logits_bkv = language_model.unembed(
+        params["language_model"], targets.predicting(hidden_ble, batch.positions)
+    )
+    return grpo.token_logprobs(
+        logits_bkv,
+        jnp.take_along_axis(batch.tokens, batch.positions, axis=1),
+        options.temperature,
+        jnp.asarray(vocabulary.sampleable),
+        batch.stop_rest,
+        vocabulary.stop_mask,
+    )
+
+
+def replay_loss(
+    config: ThinkerConfig,
+    options: ReplayOptions,
+    vocabulary: Vocabulary,
+    loss_options: grpo.GrpoOptions,
+    params: Params,
+    batch: tuple[ReplayBatch, jax.Array | None],
+) -> dict[str, SumAndDenominator]:
+    """`grpo.policy_loss` of one micro-batch and its reference log-probabilities f32[B, K] (None without KL)."""
+    replayed, reference = batch
+    return grpo.policy_loss(
+        logprobs(config, options, vocabulary, params, replayed),
+        replayed.old_logprob,
+        reference,
+        replayed.advantage,
+        replayed.positions > 0,
+        loss_options,
+    )

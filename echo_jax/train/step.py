@@ -1,0 +1,72 @@
+"""One optimizer update, with gradient accumulation that is exact: micro-batches add sums and denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from echo_jax.train import optimizer as optimizer_lib
+from echo_jax.train.sft import SumAndDenominator
+
+PyTree = Any
+LossFunction = Callable[[PyTree, PyTree], dict[str, SumAndDenominator]]
+Update = Callable[
+    [PyTree, PyTree, optax.OptState, PyTree], tuple[PyTree, optax.OptState, dict[str, jax.Array]]
+]
+
+
+def accumulate(
+    loss_fn: LossFunction, trainable: PyTree, frozen: PyTree, micro_batches: PyTree
+) -> tuple[PyTree, dict[str, SumAndDenominator]]:
+    """Gradients of the summed loss, and the sums and denominators, added up over the first axis of `micro_batches`."""
+
+    def loss_sum(part: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, SumAndDenominator]]:
+        sums = loss_fn(optimizer_lib.merge(part, frozen), batch)
+        return sums["loss"][0], sums
+
+    def one(batch: PyTree) -> tuple[PyTree, dict[str, SumAndDenominator]]:
+        gradients, sums = jax.grad(loss_sum, has_aux=True)(trainable, batch)
+        return gradients, sums
+
+    count = jax.tree.leaves(micro_batches)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if count == 1:
+        return one(first)
+
+    def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, one(batch)), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+    total, _ = jax.lax.scan(add, zero, micro_batches)
+    return total
+
+
+def make_update(loss_fn: LossFunction, optimizer: optax.GradientTransformation) -> Update:
+    """The function (trainable, frozen, opt_state, micro_batches) -> (trainable, opt_state, metrics).
+
+    Pure; the trainer jits it with the trainable parameters and the optimizer state donated.
+
+    Args:
+        loss_fn: (all parameters, one micro-batch) -> name -> (sum, denominator), with a ``loss``.
+        optimizer: over the trainable part.
+
+    Returns:
+        The function; its metrics are the means of what `loss_fn` returns, and ``grad_norm`` before clipping.
+    """
+
+    def update(
+        trainable: PyTree, frozen: PyTree, opt_state: optax.OptState, micro_batches: PyTree
+    ) -> tuple[PyTree, optax.OptState, dict[str, jax.Array]]:
+        gradients, sums = accumulate(loss_fn, trainable, frozen, micro_batches)
+        denominator = jnp.maximum(sums["loss"][1], 1.0)
+        gradients = jax.tree.map(lambda g: g / denominator.astype(g.dtype), gradients)
+        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+        metrics = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
+        metrics["grad_norm"] = optax.global_norm(gradients)
+        return optax.apply_updates(trainable, updates), opt_state, metrics
+
+    return update

@@ -1,0 +1,160 @@
+"""From a config to records, vocabulary and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data import eaqa_builder, pipeline
+from data.audio_store import AudioStore
+from data.listening import ListeningConfig
+from data.records import EaqaRecord, Scene, read_jsonl
+from data.scenes import read_scenes
+from echo_jax.text.tokenizer import Tokenizer
+
+
+def data_root(config: ConfigDict) -> Path:
+    """The folder that audio paths are relative to.
+
+    Raises:
+        FileNotFoundError: config.data.root is empty or not a folder.
+    """
+    root = Path(config.data.root)
+    if not config.data.root or not root.is_dir():
+        raise FileNotFoundError(
+            f"config.data.root={config.data.root!r} is not a folder; make one with python -m data.build"
+        )
+    return root
+
+
+def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
+    """The records of config.data: a JSON-lines file, or a dataset that data.build made.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: several datasets to choose from, or none of the split.
+    """
+    # Importing TFDS takes seconds, which a file of JSON lines need not pay.
+    import tensorflow_datasets as tfds
+
+    root = data_root(config)
+    source = Path(config.data.records) if config.data.records else root
+    if not source.exists():
+        raise FileNotFoundError(f"config.data.records={config.data.records!r} does not exist")
+    if source.is_file():
+        rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(source)]
+        chosen = [record for record in rows if config.data.split in ("all", record.split)]
+        if not chosen:
+            raise ValueError(f"{source} holds no record of split {config.data.split!r}")
+        return chosen
+    found = sorted(path.parent for path in source.rglob("dataset_info.json"))
+    if not found:
+        raise FileNotFoundError(f"{source} holds no records; make them with python -m data.build")
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise ValueError(
+            f"{source} holds {len(found)} datasets; set config.data.records to one of: {names}"
+        )
+    return eaqa_builder.load_records(tfds.builder_from_directory(str(found[0])), config.data.split)
+
+
+def load_scenes(config: ConfigDict) -> list[Scene]:
+    """The labelled scenes of the split.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    root = data_root(config)
+    split = config.data.split.split("[")[0]
+    if not (root / f"recordings_{split}.tsv").is_file():
+        raise FileNotFoundError(
+            f"{root} holds no scenes of split {split!r}; make them with python -m data.build"
+        )
+    return read_scenes(root, split)
+
+
+def vocabulary_of(scenes: Sequence[Scene]) -> list[str]:
+    """All labels, sorted."""
+    return sorted({event.label for scene in scenes for event in scene.events})
+
+
+def new_tokenizer(config: ConfigDict, scenes: Sequence[Scene]) -> Tokenizer:
+    """The vocabulary of a model that starts from random numbers (the base stage); see `configs/base.py`."""
+    if config.tokenizer == "qwen":
+        return Tokenizer.from_qwen_wheel()
+    if config.tokenizer != "compact":
+        return Tokenizer.from_directory(config.tokenizer)
+    texts = pipeline.corpus_texts(
+        load_records(config),
+        list(config.tokenizer_prompts),
+        vocabulary_of(scenes),
+        ListeningConfig(**config.listening.to_dict()),
+    )
+    return Tokenizer.from_qwen_wheel().compact(texts)
+
+
+def clip_samples(config: ConfigDict) -> int:
+    """Length of the waveform buffers, in samples at 16 kHz."""
+    samples = pipeline.num_samples_of(config.data.clip_seconds)
+    return -(-samples // pipeline.FRAME_SAMPLES) * pipeline.FRAME_SAMPLES
+
+
+def _store(config: ConfigDict, num_files: int) -> AudioStore:
+    return AudioStore(
+        data_root(config),
+        max_bytes=config.data.cache_bytes,
+        max_bad=int(config.data.max_bad_fraction * num_files),
+    )
+
+
+def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """The endless batches of the config's stage, as a grain iterator (`get_state`, `set_state`).
+
+    Raises:
+        ValueError: fewer examples than a batch holds.
+    """
+    if config.stage == "base":
+        scenes = load_scenes(config)
+        _check_size(len(scenes), config.batch_size, "scenes", config)
+        dataset = pipeline.base_dataset(
+            scenes,
+            _store(config, len(scenes)),
+            tokenizer,
+            config=ListeningConfig(**config.listening.to_dict()),
+            vocabulary=vocabulary_of(scenes),
+            batch_size=config.batch_size,
+            scene_seconds=config.data.clip_seconds,
+            naming_tokens=config.naming_tokens,
+            scene_tokens=config.scene_tokens,
+            seed=config.seed,
+        )
+        return iter(dataset)
+    records = load_records(config)
+    size = config.batch_size if config.stage == "sft" else config.queries_per_step
+    _check_size(len(records), size, "records", config)
+    common = {
+        "prompt": config.prompt,
+        "batch_size": size,
+        "clip_seconds": config.data.clip_seconds,
+        "seed": config.seed,
+    }
+    store = _store(config, len({record.audio_path for record in records}))
+    if config.stage == "sft":
+        dataset = pipeline.sft_dataset(
+            records, store, tokenizer, max_tokens=config.data.max_tokens, **common
+        )
+    else:
+        dataset = pipeline.prompt_dataset(
+            records, store, tokenizer, max_prompt_tokens=config.data.max_tokens, **common
+        )
+    return iter(dataset)
+
+
+def _check_size(available: int, batch: int, what: str, config: ConfigDict) -> None:
+    if available < batch:
+        raise ValueError(
+            f"{config.data.root}: {available} {what} in split {config.data.split!r}, fewer than a batch of {batch}"
+        )
