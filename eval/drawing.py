@@ -105,7 +105,7 @@ def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
     values = [value for _, value in points]
     low, high = min(values), max(values)
     if low == high:
-        low, high = low - 0.5, high + 0.5
+        low, high = low - (abs(low) or 1.0), high + (abs(high) or 1.0)
     span = max(steps[-1] - steps[0], 1e-9)
 
     def path(series: Sequence[tuple[float, float]]) -> str:
@@ -123,8 +123,8 @@ def curve_svg(name: str, points: Sequence[tuple[float, float]]) -> str:
         f'<path class="axis" d="M{left} {top}V{base}H{width - right}"/>'
         f'<polyline class="raw" points="{path(points)}"/>'
         f'<polyline class="smooth" points="{path(smooth)}"/>'
-        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{left - 4}" y="{base}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{high:.2g}</text>'
+        f'<text x="{left - 4}" y="{base}" text-anchor="end">{low:.2g}</text>'
         f'<text x="{left}" y="{height - 5}">{steps[0]:g}</text>'
         f'<text x="{width - right}" y="{height - 5}" text-anchor="end">step {steps[-1]:g}</text>'
         "</svg>"

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,10 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _table(caption: str, head: Sequence[str], body: Sequence[str], words: int) -> str:
-    """A table whose first `words` columns hold words; scrolls sideways by itself on a narrow screen."""
+def _table(caption: str, head: Sequence[str], body: Sequence[str], words: Set[int]) -> str:
+    """A table whose columns `words` hold words; scrolls sideways by itself on a narrow screen."""
     cells = "".join(
-        f'<th scope="col"{" class=words" if i < words else ""}>{_text(name)}</th>'
+        f'<th scope="col"{" class=words" if i in words else ""}>{_text(name)}</th>'
         for i, name in enumerate(head)
     )
     return (
@@ -194,9 +194,10 @@ def _summary(rows: Sequence[Row]) -> str:
         found, where = row.results, row.results["grounding"]
         low, high = found["interval"]
         bar = drawing.interval_svg(found["accuracy"] or 0.0, low, high)
-        cells = [
-            f"{_percent(found['accuracy'])} {bar}",
-            f"[{_percent(low)}, {_percent(high)}]",
+        words = "".join(
+            f'<td class="words">{_text(name)}</td>' for name in (row.format, row.control, row.name)
+        )
+        figures = [
             _percent(found["parse_rate"]),
             _number(where["segments_per_answer"]),
             _number(where["mean_length_s"]),
@@ -209,28 +210,19 @@ def _summary(rows: Sequence[Row]) -> str:
             str(found["num_skipped"]),
         ]
         kind = "" if row.control == "none" else ' class="control"'
-        names = [row.name, row.format, row.control]
         body.append(
             f'<tr{kind}><th scope="row" class="words">{_text(row.letter)}</th>'
-            + "".join(f'<td class="words">{_text(name)}</td>' for name in names)
-            + "".join(f"<td>{cell}</td>" for cell in cells)
+            f"<td>{_percent(found['accuracy'])} {bar}</td>"
+            f"<td>[{_percent(low)}, {_percent(high)}]</td>{words}"
+            + "".join(f"<td>{figure}</td>" for figure in figures)
             + "</tr>"
         )
-    head = [
-        "row",
-        "model",
-        "format",
-        "control",
-        "accuracy %",
-        "95 % interval",
-        "parsed %",
-        "segments",
-        "length s",
-    ]
-    head += ["overlap", "IoU", "coverage", "insertions", "tokens", "questions", "skipped"]
+    head = ["row", "accuracy %", "95 % interval", "format", "control", "model", "parsed %"]
+    head += ["segments", "length s", "overlap", "IoU", "coverage", "insertions", "tokens"]
+    head += ["questions", "skipped"]
     return (
         "<h2>Accuracy, and where the model listened</h2>"
-        + _table("Summary", head, body, 4)
+        + _table("Summary", head, body, {0, 3, 4, 5})
         + '<p class="dim">An answer that names no choice, and a question whose audio cannot be read, '
         "count as wrong. Intervals are Wilson’s at 95 %. Segments, insertions and tokens are means per "
         "answer; an answer without a valid segment has IoU 0 with the evidence. Rows in italics are "
@@ -249,7 +241,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
     head = ["rows", "only the first is right", "only the second is right", "p"]
     return (
         "<h2>The same questions, row against row</h2>"
-        + _table("Paired tests", head, body, 1)
+        + _table("Paired tests", head, body, {0})
         + '<p class="dim">McNemar’s exact test, two-sided.</p>'
     )
 
@@ -269,9 +261,12 @@ def _kinds(rows: Sequence[Row]) -> str:
                 f"<td>{_percent(found['accuracy'])} <span class=dim>[{_percent(low)}, {_percent(high)}], "
                 f"n {found['num_questions']}</span></td>"
             )
-        name = f"{row.letter} {row.control}" if row.control != "none" else row.letter
-        body.append(f'<tr><th scope="row" class="words">{_text(name)}</th>{"".join(cells)}</tr>')
-    return "<h2>By kind of question</h2>" + _table("By kind of question", ["row", *kinds], body, 1)
+        body.append(
+            f'<tr><th scope="row" class="words">{_text(row.letter)}</th>{"".join(cells)}</tr>'
+        )
+    return "<h2>By kind of question</h2>" + _table(
+        "By kind of question", ["row", *kinds], body, {0}
+    )
 
 
 def _skipped(rows: Sequence[Row]) -> str:

@@ -4,9 +4,7 @@ import html.parser
 import io
 import json
 import re
-import shutil
 import struct
-import subprocess
 import zlib
 
 import numpy as np
@@ -15,6 +13,7 @@ import soundfile
 
 from data.records import EaqaRecord, Event
 from eval import curves, drawing, report, results
+from tests.eval import browser
 
 HOSTILE = (
     "<think>First <seg>0.5, 1.5</seg> a bell</audio><script>alert(1)</script>&lt;b&gt; "
@@ -257,26 +256,48 @@ def test_a_constant_curve_and_a_single_point_can_be_drawn():
         assert "nan" not in drawing.curve_svg("loss", points)
 
 
-BROWSER = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (found := shutil.which(name))
-    ),
-    None,
-)
+@pytest.fixture
+def opened(page, tmp_path):
+    if browser.EXECUTABLE is None:
+        pytest.skip("no Chromium is installed")
+    found = browser.Browser(tmp_path / "profile")
+    found.open(page.as_uri(), 1200)
+    yield found
+    found.close()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_plays_it_without_an_error(page, tmp_path):
-    run = subprocess.run(
-        [
-            BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path}", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in run.stderr
-    # The script gave every cited segment a sound of its own.
-    assert run.stdout.count('src="blob:') == 32
+def test_in_a_browser_players_load_and_filters_work(opened, page):
+    # Every whole clip and every cited segment has sound of its own length.
+    opened.wait("[...document.querySelectorAll('audio')].every((a) => a.readyState >= 1)")
+    lengths = "[...document.querySelectorAll('audio.{}')].map((a) => a.duration.toFixed(2))"
+    assert set(opened.evaluate(lengths.format("clip"))) == {"4.00"}
+    assert opened.evaluate(lengths.format("segment")) == ["1.00", "3.00"] * 16
+    # A citation plays its span and stops.
+    opened.evaluate("document.querySelector('a[data-start]').click()")
+    clip = "document.querySelector('audio.clip')"
+    opened.wait(f"!{clip}.paused && {clip}.currentTime > 0.55")
+    assert opened.evaluate("document.querySelectorAll('a.playing').length") == 1
+    opened.wait(f"{clip}.paused")
+    assert opened.evaluate(f"{clip}.currentTime") == pytest.approx(1.5, abs=0.3)
+    assert opened.evaluate("document.querySelectorAll('a.playing').length") == 0
+    # Filters.
+    opened.evaluate("document.querySelector('input[value=wrong]').click()")
+    shown = "[...document.querySelectorAll('.answer')].filter((a) => !a.hidden).length"
+    assert opened.evaluate(shown) == 8
+    assert opened.evaluate("document.querySelector('output').textContent") == "8 shown"
+    opened.evaluate("document.querySelector('input[value=all]').click()")
+    assert opened.evaluate(shown) == 16
+    # Keys.
+    opened.evaluate("document.activeElement.blur()")
+    for key, expected in (("j", "answer-1"), ("j", "answer-2"), ("k", "answer-1")):
+        opened.press(key)
+        assert opened.evaluate("document.activeElement.id") == expected
+    # What the model wrote is text, and nothing of it ran.
+    assert opened.evaluate("document.scripts.length") == 1
+    assert "<script>alert(1)</script>" in opened.evaluate("document.body.innerText")
+    assert opened.problems == []
+    # A phone: the page itself never scrolls sideways.
+    opened.open(page.as_uri() + "?phone", 360)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 360
+    assert opened.problems == []
