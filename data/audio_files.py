@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 
 SAMPLING_RATE = 16_000
+LENGTH_TOLERANCE_S = 0.1  # between a file and what its labels say
 SILENCE_PEAK = 1e-5  # -100 dB full scale: below the last bit of 16-bit audio
 
 

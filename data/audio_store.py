@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from data.audio_files import SAMPLING_RATE, AudioFileError, read_audio
+from data.audio_files import LENGTH_TOLERANCE_S, SAMPLING_RATE, AudioFileError, read_audio
 
 
 class TooManyBadFiles(RuntimeError):
@@ -40,13 +40,26 @@ class AudioStore:
         self._waves: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, audio_path: str) -> np.ndarray:
+    def read(self, audio_path: str, least_s: float = 0.0) -> np.ndarray:
         """The file's waveform: f32[n], read-only, 16 kHz.
+
+        Args:
+          least_s: length that the labels promise; a file that is more than 0.1 s shorter is bad ("truncated").
 
         Raises:
           AudioFileError: the file cannot be used. It is logged and counted the first time.
           TooManyBadFiles: it is one more bad file than `max_bad`.
         """
+        wave = self._decoded(audio_path)
+        seconds = len(wave) / SAMPLING_RATE
+        if seconds < least_s - LENGTH_TOLERANCE_S:
+            detail = f"{seconds:.2f} s, its labels reach {least_s:.2f} s"
+            error = AudioFileError(self.root / audio_path, "truncated", detail)
+            self._count_bad(audio_path, error)
+            raise error
+        return wave
+
+    def _decoded(self, audio_path: str) -> np.ndarray:
         with self._lock:
             if audio_path in self._waves:
                 self._waves.move_to_end(audio_path)

@@ -22,12 +22,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from data.audio_files import SAMPLING_RATE, AudioFileError, read_audio
+from data.audio_files import LENGTH_TOLERANCE_S, SAMPLING_RATE, AudioFileError, read_audio
 from data.questions import QuestionConfig, make_questions
 from data.records import EaqaRecord, Event, Scene, write_jsonl
 from data.scenes import SPLITS, read_scenes
-
-LENGTH_TOLERANCE_S = 0.1
 
 
 class TooManySkipped(RuntimeError):

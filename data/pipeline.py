@@ -227,7 +227,8 @@ def _record_example(
     record: EaqaRecord, store: AudioStore, tokenizer: Tokenizer, prompt: str, answer: bool
 ) -> _Example:
     messages = sft_messages(record, prompt) if answer else prompt_messages(record, prompt)
-    wave = _fit(store.read(record.audio_path), num_samples_of(record.duration_s))
+    wave = store.read(record.audio_path, least_s=record.duration_s)
+    wave = _fit(wave, num_samples_of(record.duration_s))
     return _Example(record.id, _encode(tokenizer, messages, prompt, not answer), (wave,), record)
 
 
@@ -301,7 +302,7 @@ def _chat_example(chat: listening.Chat, store: AudioStore, tokenizer: Tokenizer)
             if isinstance(part, str):
                 parts.append(part)
                 continue
-            wave = store.read(part.audio_path)
+            wave = store.read(part.audio_path, least_s=part.end_s or 0.0)
             if part.end_s is not None:
                 wave = wave[num_samples_of(part.start_s) : num_samples_of(part.end_s)]
             waves.append(wave)

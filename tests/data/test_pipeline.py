@@ -136,6 +136,11 @@ def test_bad_files_are_skipped_until_there_are_too_many(root, records, tokenizer
     batches = list(pipeline.prompt_dataset([gone, *records[1:4]], store, tokenizer, **fields))
     assert [record for batch in batches for record in batch["records"]] == records[1:4]
     assert store.bad == {"audio/train/gone.wav": "missing"}
+    short = dataclasses.replace(records[1], duration_s=records[1].duration_s + 0.5)
+    store = AudioStore(root, max_bad=1)
+    list(pipeline.prompt_dataset([short, records[2]], store, tokenizer, **fields))
+    assert store.bad == {short.audio_path: "truncated"}
+    store = AudioStore(root, max_bad=1)
     other = dataclasses.replace(records[1], audio_path="audio/train/gone_too.wav")
     with pytest.raises(TooManyBadFiles, match="2 audio files"):
         list(pipeline.prompt_dataset([gone, other], store, tokenizer, **fields))
