@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data import released
 from data.records import EaqaRecord, read_jsonl
 from eval import scoring
 
@@ -20,8 +21,8 @@ class QuestionSet:
         records: in the order of the source.
         audio_root: what their `audio_path` is relative to.
         sha256: of the whole source split, so that a run with a limit is a part of the run without.
-        unusable_at_build: audio files that the data set left out when it was made, each with
-            `audio_path` and `reason`; no question is about them.
+        unusable_at_build: what the data set left out when it was made or read, each with
+            `audio_path` and `reason`; no question is about it.
     """
 
     name: str
@@ -59,17 +60,28 @@ def load(data: Path, split: str) -> QuestionSet:
         ValueError: it holds no questions, or one that cannot be scored; the message names it.
     """
     if data.is_file():
-        rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(data)]
-        records = [record for record in rows if split in ("all", record.split)]
-        if not records:
-            there = ", ".join(sorted({record.split for record in rows})) or "none"
-            raise ValueError(f"{data}: no question of split {split!r}; splits there: {there}")
-        return _checked(data.stem, records, data.parent, ())
+        return _from_file(data, split)
     if not data.is_dir():
         raise FileNotFoundError(
             f"{data}: no such folder; make a data set with python -m data.build"
         )
     return _from_folder(data, split)
+
+
+def _from_file(data: Path, split: str) -> QuestionSet:
+    with data.open(encoding="utf-8", errors="replace") as file:
+        head = file.readline()
+    # `cot` is in every record of ours, empty or not, and in no released row.
+    if '"cot"' not in head:
+        records, left_out = released.load_released(data, data.parent)
+        unusable = tuple({"audio_path": "", "reason": line} for line in left_out)
+        return _checked(data.stem, records, data.parent, unusable)
+    rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(data)]
+    records = [record for record in rows if split in ("all", record.split)]
+    if not records:
+        there = ", ".join(sorted({record.split for record in rows})) or "none"
+        raise ValueError(f"{data}: no question of split {split!r}; splits there: {there}")
+    return _checked(data.stem, records, data.parent, ())
 
 
 def _from_folder(data: Path, split: str) -> QuestionSet:

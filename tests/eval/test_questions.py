@@ -63,9 +63,29 @@ def test_missing_things_are_named(tmp_path, data):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no questions"):
         questions.load(tmp_path / "empty", "test")
-    (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "bad.jsonl").write_text('{"cot": ""}\n')
     with pytest.raises(ValueError, match="lacks the field"):
         questions.load(tmp_path / "bad.jsonl", "test")
+
+
+def test_a_file_in_the_released_format(data):
+    rows = [
+        {
+            "id": f"r{number}",
+            "audio_path": f"audio/{number}.wav",
+            "question": "Which?",
+            "multi_choice": ["a bell", "rain"],
+            "answer": "rain",
+        }
+        for number in (1, 2, 99)
+    ]
+    path = data.parent / "rl.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = questions.load(path, "test")
+    assert [record.id for record in found.records] == ["r1", "r2"]
+    assert found.records[0].duration_s == pytest.approx(2.25)
+    assert len(found.unusable_at_build) == 1
+    assert "99.wav" in found.unusable_at_build[0]["reason"]
 
 
 def test_a_folder_that_data_build_wrote(tmp_path):
