@@ -3,6 +3,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from echo_jax.sampler import FinishReason, Rollout
 from eval import controls, questions, runner
@@ -175,17 +176,19 @@ def test_another_setting_is_another_run(quiet, tokenizer, settings, tmp_path):
 def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, settings, tmp_path):
     (data.parent / "audio" / "2.wav").write_bytes(b"RIFF")
     (data.parent / "audio" / "4.wav").unlink()
+    soundfile.write(data.parent / "audio" / "6.wav", np.ones(16_000), 16_000)
     said = []
     one = Runner(questions.load(data, "test"), report=said.append)
     found = one.ask(FakeSampler(tokenizer), tokenizer, settings(), tmp_path / "out", FACTS).results
     assert found["num_questions"] == 11
-    assert found["num_answered"] == 9
+    assert found["num_answered"] == 8
     assert {(s["id"], s["reason"]) for s in found["skipped"]} == {
         ("q2", "unreadable"),
         ("q4", "missing"),
+        ("q6", "truncated"),
     }
     assert found["accuracy"] == pytest.approx(found["num_correct"] / 11)
-    assert sum("not asked: q" in line for line in said) == 2
+    assert sum("not asked: q" in line for line in said) == 3
     with pytest.raises(ValueError, match=r"recordings of \d of 11 questions are unusable.*2.wav"):
         one.ask(
             FakeSampler(tokenizer), tokenizer, settings(max_bad_fraction=0.0), tmp_path / "b", FACTS
