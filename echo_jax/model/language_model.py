@@ -16,6 +16,9 @@ from echo_jax.arrays import ArraySpec, Params
 from echo_jax.model.config import TextConfig
 
 
+_UNROLLED_LAYERS = 4
+
+
 def param_specs(config: TextConfig) -> dict:
     """Declares the language model's arrays."""
     n, e, h, g, k, f = (
@@ -116,14 +119,28 @@ def _rotate(x_bthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def attention(
     q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, mask_bts: jax.Array
 ) -> jax.Array:
-    """Grouped-query attention with an explicit mask (True = may attend); softmax in float32; [B, T, H, head_dim]."""
+    """Grouped-query attention with an explicit mask (True = may attend); softmax in float32.
+
+    Args:
+      q_bthk: [B, T, H, head_dim].
+      k_bsgk, v_bsgk: [B, S, kv_heads, head_dim].
+      mask_bts: bool[B or 1, T, S].
+
+    Returns:
+      [B, T, H, head_dim].
+    """
     b, t, h, k = q_bthk.shape
     groups = k_bsgk.shape[2]
-    q = (q_bthk * k**-0.5).reshape(b, t, groups, h // groups, k)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k_bsgk, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_bts[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_bsgk.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_bsgk).reshape(b, t, h, k)
+    # The queries that share a key head stand below each other, so that each product is one plain batched matmul; on
+    # CPU that is three times as fast as one more batch dimension.
+    q_bgnk = (q_bthk * k**-0.5).reshape(b, t, groups, h // groups, k)
+    q_bgnk = q_bgnk.transpose(0, 2, 3, 1, 4).reshape(b, groups, h // groups * t, k)
+    scores = jnp.einsum("bgnk,bsgk->bgns", q_bgnk, k_bsgk, preferred_element_type=jnp.float32)
+    mask_bns = jnp.tile(mask_bts, (1, h // groups, 1))
+    weights = jax.nn.softmax(jnp.where(mask_bns[:, None], scores, -1e30), axis=-1)
+    out_bgnk = jnp.einsum("bgns,bsgk->bgnk", weights.astype(v_bsgk.dtype), v_bsgk)
+    out = out_bgnk.reshape(b, groups, h // groups, t, k).transpose(0, 3, 1, 2, 4)
+    return out.reshape(b, t, h, k)
 
 
 def _decoder_layer(
@@ -142,9 +159,10 @@ def _decoder_layer(
     attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
     x = x + jnp.einsum("bthk,hke->bte", attended, p["o"]["kernel"])
     y = rms_norm(p["mlp_norm"]["scale"], x, config.rms_norm_eps)
-    return (
-        x + (jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])) @ p["down"]["kernel"]
-    )
+    # Flat rows: the backward pass of the same products on [B, T, E] is twice as slow on CPU.
+    y = y.reshape(-1, y.shape[-1])
+    y = jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])
+    return x + (y @ p["down"]["kernel"]).reshape(x.shape)
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
@@ -185,7 +203,13 @@ def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = 
             config, p, x, cos, sin, functools.partial(attention, mask_bts=causal)
         ), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_ble, params["layers"])
+    x, _ = jax.lax.scan(
+        jax.checkpoint(layer) if remat else layer,
+        x_ble,
+        params["layers"],
+        # Stacking the residuals of few small layers costs more than it saves (a fifth of a step on CPU).
+        unroll=config.num_layers <= _UNROLLED_LAYERS,
+    )
     return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
 
 
