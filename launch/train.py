@@ -483,10 +483,6 @@ def loop(
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The stage, e.g. configs/sft.py:tiny.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; run again, it goes on there.")
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
-
 # What a wrong path, value or data set raises; everything else is a fault of ours and keeps its trace.
 _EXPECTED = (
     OSError,
@@ -501,14 +497,18 @@ _EXPECTED = (
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    # Here and not at import: a process that only uses this module's functions may have a --config of its own.
+    config = config_flags.DEFINE_config_file("config", None, "The stage: configs/sft.py:tiny.")
+    workdir = flags.DEFINE_string("workdir", None, "Where the run lives; run again, it goes on.")
+    traceback = flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
     problem = parse(argv, required=("config", "workdir"))
     if problem:
         print(f"{PROGRAM}: {problem}", file=sys.stderr)
         return 2
     try:
-        train(CONFIG.value, Path(str(WORKDIR.value)))
+        train(config.value, Path(str(workdir.value)))
     except _EXPECTED as error:
-        if TRACEBACK.value:
+        if traceback.value:
             raise
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -66,7 +66,7 @@ def make_update(loss_fn: LossFunction, optimizer: optax.GradientTransformation) 
         gradients = jax.tree.map(lambda g: g / denominator.astype(g.dtype), gradients)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         metrics = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return update

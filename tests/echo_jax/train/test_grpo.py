@@ -157,31 +157,29 @@ def test_gradient_of_first_update_is_the_policy_gradient():
     np.testing.assert_allclose(gradient, -advantage[:, None] * mask, rtol=1e-6)
 
 
-def test_token_logprobs_with_temperature_and_stop_events():
+def test_token_logprobs_with_temperature_events_and_forbidden_tokens():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 5, 9))
-    tokens = rng.integers(0, 9, (2, 5))
+    tokens = rng.integers(0, 8, (2, 5))
     rest = np.full((2, 5), -1)
     rest[1, 3], rest[0, 1] = 1, 0
-    sets = np.zeros((2, 9), bool)
-    sets[0, [1, 4]] = sets[1, [0, 2, 8]] = True
+    masks = np.zeros((3, 9), bool)
+    masks[0, [1, 4]] = masks[1, [0, 2, 7]] = masks[2, 3] = True
+    sampleable = np.arange(9) != 8
     got = grpo.token_logprobs(
         jnp.asarray(logits, jnp.float32),
         jnp.asarray(tokens),
         0.7,
+        jnp.asarray(sampleable),
         jnp.asarray(rest),
-        jnp.asarray(sets),
+        masks,
     )
-    p = np.exp(logits / 0.7)
+    p = np.exp(logits / 0.7) * sampleable
     p /= p.sum(-1, keepdims=True)
     for b in range(2):
-        assert got[b, 0] == 0
-        for t in range(1, 5):
-            members = sets[rest[b, t]] if rest[b, t] >= 0 else np.arange(9) == tokens[b, t]
-            np.testing.assert_allclose(got[b, t], np.log(p[b, t - 1][members].sum()), rtol=1e-5)
-    plain = grpo.token_logprobs(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens), 0.7)
-    assert plain[1, 3] != got[1, 3]
-    assert plain[1, 2] == got[1, 2]
+        for t in range(5):
+            members = masks[rest[b, t]] if rest[b, t] >= 0 else np.arange(9) == tokens[b, t]
+            np.testing.assert_allclose(got[b, t], np.log(p[b, t][members].sum()), rtol=1e-5)
 
 
 def test_unknown_names_are_named():

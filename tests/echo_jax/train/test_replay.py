@@ -1,0 +1,131 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from echo_jax.train import grpo, replay, step, targets
+
+OPTIONS = replay.ReplayOptions(group=2, buffers=(16_000, 32_000, 64_000), token_multiple=32)
+ADVANTAGE = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], np.float32)
+ALL = np.arange(3)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(sampler):
+    return replay.Vocabulary(sampler.sampleable, np.asarray(sampler.automaton.stop_mask))
+
+
+def stacked(rollout, prompts, micro_batches=1, queries=ALL, **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    return replay.stack_micro_batches(rollout, prompts, ADVANTAGE, queries, micro_batches, options)
+
+
+def logprobs(model, vocabulary, batch):
+    config, params = model
+    return jax.jit(
+        lambda params, batch: jax.lax.map(
+            functools.partial(replay.logprobs, config, OPTIONS, vocabulary, params), batch
+        )
+    )(params, batch)
+
+
+def test_trainer_logprobs_equal_the_samplers(model, vocabulary, rollout, prompts):
+    batch = stacked(rollout, prompts)
+    got = np.asarray(logprobs(model, vocabulary, batch))
+    mask = batch.positions > 0
+    assert mask.sum() == rollout.sampled.sum()
+    np.testing.assert_allclose(got[mask], batch.old_logprob[mask], atol=2e-5)
+
+
+def test_micro_batches_do_not_change_logprobs(model, vocabulary, rollout, prompts):
+    whole, cut = stacked(rollout, prompts), stacked(rollout, prompts, 3)
+    assert cut.tokens.shape[:2] == (3, 2)
+    np.testing.assert_allclose(
+        np.asarray(logprobs(model, vocabulary, cut)).reshape(6, -1),
+        np.asarray(logprobs(model, vocabulary, whole))[0],
+        atol=2e-5,
+    )
+
+
+def test_without_its_clips_the_replay_is_another(model, vocabulary, rollout, prompts):
+    batch = stacked(rollout, prompts)
+    silent = jax.tree.map(np.zeros_like, batch.segments)
+    got = np.asarray(logprobs(model, vocabulary, batch.replace(segments=silent)))
+    mask = batch.positions > 0
+    assert np.abs(got[mask] - batch.old_logprob[mask]).max() > 1e-3
+
+
+def test_inserted_audio_is_outside_and_the_end_inside(rollout, prompts, tokenizer):
+    batch = stacked(rollout, prompts)
+    kept = targets.at(batch.tokens[0], batch.positions[0])[batch.positions[0] > 0]
+    controls = {tokenizer.audio_id, tokenizer.audio_bos_id, tokenizer.audio_eos_id}
+    assert not controls & set(kept.tolist())
+    assert (batch.tokens == tokenizer.audio_eos_id).sum() > len(prompts.length) * 2
+    ended = rollout.finish_reason == 0
+    assert (kept == tokenizer.im_end_id).sum() == ended.sum()
+
+
+def test_accumulated_update_equals_the_whole(model, vocabulary, rollout, prompts):
+    config, params = model
+    loss_options = grpo.GrpoOptions()
+    loss_fn = functools.partial(replay.replay_loss, config, OPTIONS, vocabulary, loss_options)
+    optimizer = optax.sgd(1.0)
+    update = jax.jit(step.make_update(loss_fn, optimizer))
+    results = []
+    for micro_batches in (1, 3):
+        batch = stacked(rollout, prompts, micro_batches)
+        reference = jnp.asarray(batch.old_logprob) - 0.3
+        new, _, metrics = update(
+            params, _nothing(params), optimizer.init(params), (batch, reference)
+        )
+        results.append((new, metrics))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-5), results[0][0], results[1][0]
+    )
+    np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-4)
+    assert results[0][1]["logprob_gap"] < 2e-5
+
+
+def _nothing(params):
+    return jax.tree.map(lambda _: None, params)
+
+
+def test_slots_grow_in_large_steps(rollout, prompts):
+    used = int(rollout.num_segments.sum())
+    widths = [s.row.shape[1] for s in stacked(rollout, prompts, least_slots=(1, 1, 1)).segments]
+    assert all(w in (1, 4, 16, 64) for w in widths)
+    counts = [int((s.num_samples > 0).sum()) for s in stacked(rollout, prompts).segments]
+    assert sum(counts) == used
+
+
+def test_lengths_are_rounded_up(rollout, prompts):
+    batch = stacked(rollout, prompts)
+    assert batch.tokens.shape[-1] == min(
+        -(-int(rollout.length.max()) // 32) * 32, rollout.tokens.shape[1]
+    )
+    one = stacked(rollout, prompts, queries=np.array([1]))
+    assert one.tokens.shape[1] == 2
+    np.testing.assert_array_equal(one.advantage, [[0.5, -0.5]])
+
+
+def test_what_does_not_divide_is_named(rollout, prompts):
+    with pytest.raises(ValueError, match="2 micro-batches do not divide 3 queries"):
+        stacked(rollout, prompts, 2)
+    with pytest.raises(ValueError, match=r"replay.least_slots has 1 entries for 3"):
+        stacked(rollout, prompts, least_slots=(4,))
+    with pytest.raises(ValueError, match="temperature must be more than 0"):
+        dataclasses.replace(OPTIONS, temperature=0.0)
+
+
+def test_target_positions():
+    mask = np.array([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0]], bool)
+    np.testing.assert_array_equal(targets.positions_of(mask, 4), [[2, 3, 0, 0], [0, 0, 0, 0]])
+    assert targets.positions_of(np.zeros((2, 3), bool), 8).shape == (2, 8)
+    hidden = jnp.arange(10.0).reshape(1, 5, 2)
+    np.testing.assert_array_equal(
+        targets.predicting(hidden, jnp.array([[3, 1, 0]]))[0, :, 0], [4, 0, 0]
+    )

@@ -1,0 +1,269 @@
+"""The training command: errors in one line, a whole small run, and runs that are killed and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from configs import grpo as grpo_config
+from configs import sft as sft_config
+from data.records import EaqaRecord
+from echo_jax import huggingface
+from echo_jax.text.tokenizer import Tokenizer
+from launch import train
+from launch.command_line import parse
+from tests.citing import citing_model, citing_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = ("config", "workdir")
+
+
+def record(number: int) -> EaqaRecord:
+    return EaqaRecord(
+        id=f"r{number}",
+        audio_path=f"{number}.wav",
+        duration_s=3.0,
+        question="What?",
+        choices=("ok", "A"),
+        answer="ok",
+        cot="<think> <seg>1.0, 2</seg> ok</think><answer>ok</answer>",
+        kind="order",
+        events=(),
+        evidence=(),
+        difficulty=1,
+        split="train",
+        source="test",
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with sound files, records and a model directory."""
+    folder = tmp_path_factory.mktemp("train")
+    rng = np.random.default_rng(0)
+    rows = [record(number) for number in range(5)]
+    for row in rows:
+        soundfile.write(folder / row.audio_path, rng.normal(0, 0.1, 48_000), 16_000)
+    lines = [json.dumps(row.to_json()) + "\n" for row in rows]
+    (folder / "records.jsonl").write_text("".join(lines))
+    tokenizer = citing_tokenizer()
+    config, params = citing_model(tokenizer)
+    huggingface.save_pretrained(folder / "model", config, params, tokenizer)
+    return folder
+
+
+def fill(config, place: Path):
+    config.init_from = str(place / "model")
+    config.data.root = str(place)
+    config.data.records = str(place / "records.jsonl")
+    config.data.clip_seconds = 3.0
+    return config
+
+
+def arguments(stage: str, place: Path, workdir: Path, *more: str) -> list[str]:
+    return [
+        f"--config=configs/{stage}.py:test",
+        f"--workdir={workdir}",
+        f"--config.init_from={place / 'model'}",
+        f"--config.data.root={place}",
+        f"--config.data.records={place / 'records.jsonl'}",
+        "--config.data.clip_seconds=3.0",
+        *more,
+    ]
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+# -------------------- errors --------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir=w"], "--config is missing"),
+        (["--config=configs/sft.py:tiny"], "--workdir is missing"),
+        (["--config=configs/nope.py", "--workdir=w"], "there is no file 'configs/nope.py'"),
+        (
+            ["--config=configs/sft.py:tinny", "--workdir=w"],
+            "configs/sft.py has no variant 'tinny'; did you mean tiny?",
+        ),
+        (
+            ["--config=configs/sft.py:tiny", "--workdir=w", "--config.optimizer.learnin_rate=1e-3"],
+            "--config.optimizer.learnin_rate: the config has no such field; "
+            "did you mean --config.optimizer.learning_rate?",
+        ),
+    ],
+)
+def test_command_line_errors_are_one_line(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    problem = parse(["train", *flags], REQUIRED)
+    assert problem is not None
+    assert message in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.init_from=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--config.optimizer.learning_rate=fast"], "fast"),
+        (["--config.data.split=test"], "no record of split 'test'"),
+    ],
+)
+def test_wrong_values_end_with_one_line_and_a_status(flags, message, place, tmp_path):
+    process = start(*arguments("sft", place, tmp_path / "w", *flags))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    line = output.strip().splitlines()[-1]
+    assert line.startswith("launch.train: ")
+    assert message in line
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_from": ""}, r"config.init_from is empty; give the sft stage a model directory"),
+        ({"data.root": ""}, r"config.data.root='' is not a folder; make one with python -m data"),
+        ({"data.records": "/none.jsonl"}, r"config.data.records='/none.jsonl' does not exist"),
+        ({"batch_size": 6}, r"5 records in split 'train', fewer than a batch of 6"),
+        ({"micro_batches": 3}, r"micro_batches=3 does not divide the batch of 2 rows"),
+        ({"stage": "rl"}, r"config.stage='rl' must be one of base, sft, grpo"),
+        ({"optimizer.schedule": "step"}, r"unknown optimizer.schedule 'step'"),
+        ({"data.clip_seconds": 1.0}, r"a clip of 3.00 s does not fit 1.00 s"),
+    ],
+)
+def test_wrong_fields_are_named(change, message, place, tmp_path):
+    config = fill(sft_config.get_config("test"), place)
+    for name, value in change.items():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.train(config, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"queries_per_minibatch": 2, "queries_per_step": 3},
+            "queries_per_minibatch=2 must divide 3",
+        ),
+        ({"queries_per_microbatch": 3}, "queries_per_microbatch=3 must divide 1"),
+        ({"format": "spoken"}, "config.format='spoken' must be one of conditioned, grounded"),
+        ({"reward.name": "7"}, "unknown reward '7'"),
+        ({"advantage": "gae"}, "unknown advantage 'gae'"),
+        ({"loss.kl_kind": "k9"}, "unknown kl_kind 'k9'"),
+        ({"sampling.temperature": 0.0}, "temperature must be more than 0"),
+    ],
+)
+def test_wrong_grpo_fields_are_named(change, message, place, tmp_path):
+    config = fill(grpo_config.get_config("test"), place)
+    for name, value in change.items():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=message):
+        train.train(config, tmp_path / "w")
+
+
+def test_not_finite_is_named():
+    with pytest.raises(train.NonFiniteError, match=r"step 7: grad_norm is nan; .* batch: a, b"):
+        train.check_finite({"loss": 1.0, "grad_norm": float("nan")}, 7, ["a", "b"])
+    train.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
+
+
+def test_changed_fields():
+    old = {"a": 1, "b": {"c": [1, 2], "d": 3}}
+    assert train.changed_fields(old, {"a": 1, "b": {"c": [1, 2], "d": 4}, "e": 0}) == ["b.d", "e"]
+
+
+# -------------------- runs --------------------
+
+
+def test_a_run_ends_with_a_model_and_is_not_done_twice(place, tmp_path, capsys):
+    config = fill(sft_config.get_config("test"), place)
+    config.micro_batches = 2
+    config.optimizer.learning_rate = 0.05
+    workdir = tmp_path / "w"
+    train.train(config, workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(len(row["ids"]) == 2 for row in rows)
+    assert "step 4/4  loss" in capsys.readouterr().out
+
+    before, after = (huggingface.load_pretrained(p)[1] for p in (place / "model", workdir))
+    assert huggingface.resolve(workdir) == workdir / "export"
+    assert Tokenizer.from_directory(workdir / "export").vocab_size == citing_tokenizer().vocab_size
+    for part, changed in (("audio_tower", False), ("language_model", True)):
+        kernel = "k" if part == "language_model" else "q"
+        one, two = (p[part]["layers"][kernel]["kernel"] for p in (before, after))
+        assert bool((one != two).any()) == changed
+
+    stamp = (workdir / "metrics.jsonl").stat().st_mtime_ns
+    train.train(config, workdir)
+    assert "is finished" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="is the workdir of a sft run, not of grpo"):
+        train.train(fill(grpo_config.get_config("test"), place), workdir)
+
+
+def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flags: list[str]):
+    """An undisturbed run and one that is killed once it has written `lines` lines; both workdirs."""
+    whole, cut = folder / "whole", folder / "cut"
+    process = start(*arguments(stage, place, whole, *flags))
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    process = start(*arguments(stage, place, cut, *flags))
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 900
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "done.json").exists()
+    process = start(*arguments(stage, place, cut, *flags))
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return whole, cut, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "lines", "flags"),
+    [
+        ("sft", 5, ["--config.total_steps=8"]),
+        ("grpo", 2, ["--config.total_steps=4", "--config.reward.name=1"]),
+    ],
+)
+def test_killed_and_resumed_equals_undisturbed(stage, lines, flags, place, tmp_path):
+    whole, cut, output = killed_then_finished(stage, place, tmp_path, lines, flags)
+    assert "going on from step" in output
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    one, two = ((w / "export" / "model.safetensors").read_bytes() for w in (whole, cut))
+    assert one == two
+    assert (whole / "timings.jsonl").read_bytes() != (cut / "timings.jsonl").read_bytes()
+    if stage == "grpo":
+        rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+        assert sum(row["insertions"] for row in rows) > 0
+        assert any(row["reward/consistency"] < 0 for row in rows)
+        assert all(row["logprob_gap"] < 1e-4 for row in rows)
+        assert any(row["policy"] != 0 for row in rows)
