@@ -107,7 +107,7 @@ class EaqaScenes(tfds.core.GeneratorBasedBuilder):
             "choices": tfds.features.Sequence(text()),
             "answer": text(doc="Text of exactly one choice."),
             "cot": text(doc="Assistant text with citations; empty for RL-only records."),
-            "kind": text(doc="order, before, after, count, gap, duration or overlap."),
+            "kind": text(doc="order, before, after, count, gap, duration, overlap or moment."),
             "events": {
                 "start_s": tfds.features.Sequence(seconds),
                 "end_s": tfds.features.Sequence(seconds),

@@ -337,6 +337,24 @@ def draft_overlap(
     return drafts
 
 
+def draft_moment(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
+    """Which sound is heard at a time that the question names."""
+    drafts = []
+    for i, event in enumerate(scene.events):
+        tenths = round(event.start_s * 10), round(event.end_s * 10)
+        if not _alone(scene, i) or tenths[1] - tenths[0] < 2:
+            continue
+        # Inside the sound, so that the answer does not hang on a border.
+        slots = {"m": f"{rng.integers(tenths[0] + 1, tenths[1]) / 10:.1f}"}
+        wrong = _others(scene, [event.label], rng, vocabulary)
+        drafts.append(
+            Draft("moment", "moment", slots, event.label, wrong, (i,), ("moment",), (i,))
+        )
+    return drafts
+
+
 DRAFTS = {
     "order": draft_order,
     "before": draft_before,
@@ -345,6 +363,7 @@ DRAFTS = {
     "gap": draft_gap,
     "duration": draft_duration,
     "overlap": draft_overlap,
+    "moment": draft_moment,
 }
 
 # ----------------------------------------------------------------------------- wording

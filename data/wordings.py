@@ -71,6 +71,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Which sound can be heard at the same time as the {x}?",
         "What else is sounding during part of the {x}?",
     ),
+    "moment": (
+        "Which sound is heard at {m} seconds?",
+        "What can be heard {m} seconds into the recording?",
+        "Which sound is going on at {m} seconds?",
+    ),
 }
 
 # ------------------------------------------------------------------ full style: why a span is needed, what it shows
@@ -131,6 +136,11 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "Two sounds run together somewhere, and the {x} tells me where to listen.",
         "The answer must be sounding while the {x} is still going on, so I look there.",
     ),
+    "moment": (
+        "Only what happens around {m} seconds matters, so I go back to that place.",
+        "The question names a time, and I have to hear what is there.",
+        "From memory I cannot be sure what sounded then, so I listen again.",
+    ),
 }
 
 ANCHOR_LEADS = (
@@ -173,6 +183,11 @@ FOUND_LEADS: dict[str, tuple[str, ...]] = {
         "Sharing time with it, another event covers",
         "A second sound runs into it during",
     ),
+    "moment": (
+        "Around {m} seconds there is the event at",
+        "The time that is asked for lies within",
+        "What is sounding then covers",
+    ),
     "item": (
         "I check",
         "Another place to hear is",
@@ -214,6 +229,7 @@ CLOSINGS: dict[str, tuple[str, ...]] = {
         "So the {x} overlaps with the {a}.",
         "The two that run together are the {x} and the {a}.",
     ),
+    "moment": ("So at {m} seconds it is the {a}.", "Hence the sound at that time is the {a}."),
 }
 
 # ------------------------------------------------------------------ short style: every token is CPU time
@@ -248,6 +264,11 @@ SHORT_FOUND: dict[str, tuple[tuple[str, str], ...]] = {
         ("Meanwhile", ", that is the {y}."),
         ("Over it", " is the {y}."),
         ("With it", ", the {y}."),
+    ),
+    "moment": (
+        ("Then it is", ", that is the {y}."),
+        ("At that time", " is the {y}."),
+        ("I go to", ", the {y}."),
     ),
     "item": (
         ("I hear", ", the {y}."),
