@@ -39,6 +39,22 @@ class Sampler:
     """
 
     def __init__(self, config: ThinkerConfig, tokenizer: Tokenizer, options: SamplingOptions):
+        """Builds the tables of the vocabulary; nothing is compiled before the first call.
+
+        Raises:
+          ValueError: model and tokenizer do not belong together, or the vocabulary cannot stop at `</seg>`.
+        """
+        for name, model_id, id_ in (
+            ("im_end", config.im_end_id, tokenizer.im_end_id),
+            ("audio", config.audio_token_id, tokenizer.audio_id),
+            ("audio_bos", config.audio_bos_id, tokenizer.audio_bos_id),
+            ("audio_eos", config.audio_eos_id, tokenizer.audio_eos_id),
+        ):
+            if model_id != id_:
+                raise ValueError(
+                    f"the model's {name} token is {model_id} but the tokenizer's is {id_}; "
+                    "load both from one checkpoint"
+                )
         self.config = config
         self.options = options
         self.automaton = segments.Automaton.build(tokenizer.token_bytes, config.text.vocab_size)
@@ -61,6 +77,9 @@ class Sampler:
 
         Returns:
           Q * num_samples rows; rows [q * num_samples, (q + 1) * num_samples) answer prompt q.
+
+        Raises:
+          ValueError: the keys or the prompts have the wrong shape; see `start`.
         """
         state = self.start(params, prompts, key, num_samples)
         return self.finish(self.run(params, state, prompts))
@@ -68,8 +87,20 @@ class Sampler:
     def start(
         self, params: Params, prompts: Prompts, key: jax.Array, num_samples: int = 1
     ) -> SamplerState:
-        """Prefills the prompts and returns the state before the first sampled token."""
+        """Prefills the prompts and returns the state before the first sampled token.
+
+        Raises:
+          ValueError: num_samples is not positive, `key` is no typed key or not one a row, or the prompts' arrays do
+            not fit each other.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples {num_samples} must be at least 1")
+        prompts.check_shapes()
         rows = prompts.tokens.shape[0] * num_samples
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"key has dtype {key.dtype}; make a typed key with jax.random.key(seed)"
+            )
         if key.ndim == 0:
             key = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
         if key.shape != (rows,):
@@ -350,11 +381,13 @@ def sampling_log_probs(logits: jax.Array, options: SamplingOptions) -> jax.Array
         kth = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, _NEVER, logits)
     if options.top_p < 1:
-        ordered = jnp.sort(jax.nn.softmax(logits), axis=-1)[:, ::-1]
         # The smallest set that holds top_p: a token stays while the more probable ones hold less than top_p.
-        kept = jnp.cumsum(ordered, axis=-1) - ordered < options.top_p
+        # Compared as logits, which are the same numbers in both orders, while probabilities are rounded twice.
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered)
+        kept = jnp.cumsum(probs, axis=-1) - probs < options.top_p
         smallest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(jax.nn.softmax(logits) < smallest, _NEVER, logits)
+        logits = jnp.where(logits < smallest, _NEVER, logits)
     return jax.nn.log_softmax(logits)
 
 

@@ -134,7 +134,10 @@ def _insertable_span(text: str, num_samples: int) -> tuple[int, int] | None:
     match = _CLOSED_TAG.search(text)
     if not match or not all(_NUMBER.fullmatch(number) for number in match.groups()):
         return None
-    begin, end = (int(decimal.Decimal(number) * frontend.SAMPLE_RATE + decimal.Decimal("0.5")) for number in match.groups())
+    begin, end = (
+        int(decimal.Decimal(number) * frontend.SAMPLE_RATE + decimal.Decimal("0.5"))
+        for number in match.groups()
+    )
     end = min(end, num_samples)
     return (begin, end) if end - begin >= 3_200 else None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 
 import jax
 import numpy as np
@@ -55,8 +56,8 @@ class SamplingOptions:
             raise ValueError(
                 "max_response_tokens, max_turns and insertion_slots must be at least 1"
             )
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
         if self.top_k < 0:
@@ -75,8 +76,15 @@ class SamplingOptions:
         return self.max_turns - 1 if self.insert_audio else 0
 
     def segment_buffers(self, capacity_samples: int) -> tuple[int, ...]:
-        """Buffer lengths in samples for recordings of at most `capacity_samples`; the last holds any segment."""
-        lengths = [round(seconds * frontend.SAMPLE_RATE) for seconds in self.segment_seconds]
+        """Buffer lengths in samples for recordings of at most `capacity_samples`; the last holds any segment.
+
+        They are rounded up to whole mel frames.
+        """
+        frames = [
+            -(-round(seconds * frontend.SAMPLE_RATE) // frontend.HOP_SAMPLES)
+            for seconds in self.segment_seconds
+        ]
+        lengths = sorted({count * frontend.HOP_SAMPLES for count in frames})
         return (*(n for n in lengths if n < capacity_samples), capacity_samples)
 
 
@@ -102,6 +110,37 @@ class Prompts(struct.PyTreeNode):
     audio_start: jax.Array | np.ndarray
     insert_waveforms: jax.Array | np.ndarray | None = None
     insert_shift_samples: jax.Array | np.ndarray | None = None
+
+    def check_shapes(self) -> None:
+        """Checks that the arrays fit each other.
+
+        Raises:
+          ValueError: one does not; the message names it.
+        """
+        if np.ndim(self.tokens) != 2 or np.ndim(self.waveforms) != 2:
+            raise ValueError(
+                f"prompts need tokens [Q, P] and waveforms [Q, S], not {np.shape(self.tokens)} and "
+                f"{np.shape(self.waveforms)}"
+            )
+        count, samples = len(self.tokens), self.waveforms.shape[1]
+        if samples % frontend.HOP_SAMPLES:
+            raise ValueError(
+                f"prompts.waveforms hold {samples} samples; pad them to a multiple of {frontend.HOP_SAMPLES}"
+            )
+        shapes = {
+            "length": (count,),
+            "waveforms": (count, samples),
+            "num_samples": (count,),
+            "audio_start": (count,),
+            "insert_waveforms": (count, samples),
+            "insert_shift_samples": (count,),
+        }
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and np.shape(value) != shape:
+                raise ValueError(
+                    f"prompts.{name} has shape {np.shape(value)}, but {shape} is needed"
+                )
 
 
 class SamplerState(struct.PyTreeNode):
