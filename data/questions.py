@@ -349,9 +349,7 @@ def draft_moment(
         # Inside the sound, so that the answer does not hang on a border.
         slots = {"m": f"{rng.integers(tenths[0] + 1, tenths[1]) / 10:.1f}"}
         wrong = _others(scene, [event.label], rng, vocabulary)
-        drafts.append(
-            Draft("moment", "moment", slots, event.label, wrong, (i,), ("moment",), (i,))
-        )
+        drafts.append(Draft("moment", "moment", slots, event.label, wrong, (i,), ("moment",), (i,)))
     return drafts
 
 

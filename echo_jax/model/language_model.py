@@ -15,7 +15,6 @@ from flax import struct
 from echo_jax.arrays import ArraySpec, Params
 from echo_jax.model.config import TextConfig
 
-
 _UNROLLED_LAYERS = 4
 
 

@@ -197,10 +197,10 @@ def test_hostile_strings_do_not_pay(name, hostile):
 def test_megabytes_take_linear_time(piece):
     megabytes = 10 if piece in ("<seg>", "<answer>") else 1
     huge = piece * (megabytes * 1_000_000 // len(piece))
-    started = time.monotonic()
+    started = time.process_time()  # not the clock: others may need the machine too
     for options in (DEFAULT, RELEASED):
         assert rewards.get_reward("12")(response(huge), options)["total"] <= 0.5
-    assert time.monotonic() - started < 20 * megabytes
+    assert time.process_time() - started < 20 * megabytes
 
 
 def test_overlong_numbers_do_not_crash():
