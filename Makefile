@@ -40,7 +40,7 @@ test: $(TEST_STAMP)
 	@JAX_PLATFORMS=cpu $(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST_STAMP)
-	@JAX_PLATFORMS=cpu $(PY) -m pytest -m slow $(ARGS)
+	@JAX_PLATFORMS=cpu $(PY) -m pytest -m slow -n $(WORKERS) --dist loadfile $(ARGS)
 
 LINTED := $(wildcard echo_jax configs launch data eval tests benchmarks setup.py)
 # Tests are run, which checks them better than their types would.
