@@ -233,12 +233,18 @@ def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flag
     process = start(*arguments(stage, place, cut, *flags))
     metrics = cut / "metrics.jsonl"
     deadline = time.monotonic() + 900
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+    saved = cut / "checkpoints"
+    # A checkpoint that is being written has a longer name than its step.
+    while (
+        not metrics.exists()
+        or metrics.read_bytes().count(b"\n") < lines
+        or not any(path.name.isdigit() for path in saved.iterdir())
+    ):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (cut / "done.json").exists()
     process = start(*arguments(stage, place, cut, *flags))
     output, _ = process.communicate(timeout=900)
@@ -251,7 +257,7 @@ def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flag
     ("stage", "lines", "flags"),
     [
         ("sft", 5, ["--config.total_steps=8"]),
-        ("grpo", 2, ["--config.total_steps=4", "--config.reward.name=1"]),
+        ("grpo", 2, ["--config.total_steps=6", "--config.reward.name=1"]),
     ],
 )
 def test_killed_and_resumed_equals_undisturbed(stage, lines, flags, place, tmp_path):
