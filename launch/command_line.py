@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def parse(argv: Sequence[str], required: Sequence[str]) -> str | None:
-    """Parses `argv` into `flags.FLAGS`; the flag ``config`` is a config file with overrides.
+    """Parses `argv` into `flags.FLAGS`; the flag ``config``, if it is given, is a config file with overrides.
 
     Args:
         argv: as `sys.argv`.
@@ -27,10 +27,9 @@ def parse(argv: Sequence[str], required: Sequence[str]) -> str | None:
         if name not in names:
             return f"--{name} is missing"
     try:
-        config = _load(argv)
+        fields = set(_field_names(_load(argv))) if "config" in names else set()
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    fields = set(_field_names(config))
     for name in sorted(names):
         if name.startswith("config.") and name.removeprefix("config.") not in fields:
             return f"--{name}: the config has no such field{_hint(name, fields)}"

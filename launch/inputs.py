@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data import eaqa_builder, pipeline
+from data import eaqa_builder, pipeline, released
 from data.audio_store import AudioStore
 from data.listening import ListeningConfig
 from data.records import EaqaRecord, Scene, read_jsonl
@@ -31,7 +31,7 @@ def data_root(config: ConfigDict) -> Path:
 
 
 def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
-    """The records of config.data: a JSON-lines file, or a dataset that data.build made.
+    """The records of config.data: a JSON-lines file (ours or in a released format), or a dataset of data.build.
 
     Raises:
         FileNotFoundError: there are none.
@@ -45,6 +45,11 @@ def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
     if not source.exists():
         raise FileNotFoundError(f"config.data.records={config.data.records!r} does not exist")
     if source.is_file():
+        with source.open(encoding="utf-8", errors="replace") as file:
+            head = file.readline()
+        # `cot` is in every record of ours, empty or not, and in no released row.
+        if '"cot"' not in head:
+            return released.load_released(source, root)[0]
         rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(source)]
         chosen = [record for record in rows if config.data.split in ("all", record.split)]
         if not chosen:

@@ -149,7 +149,11 @@ class Updater:
 
     def init(self, params: arrays.Params) -> optax.OptState:
         """The optimizer state before the first update."""
-        return self._optimizer.init(optimizer_lib.split(params, self._labels)[0])
+        return self._optimizer.init(self.trainable(params))
+
+    def trainable(self, params: arrays.Params) -> arrays.Params:
+        """The part that is trained, None elsewhere."""
+        return optimizer_lib.split(params, self._labels)[0]
 
     def __call__(
         self, state: TrainState, micro_batches: Any, update_number: int
@@ -421,6 +425,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with Checkpoints(workdir / "checkpoints", options.keep_last, options.asynchronous) as saved:
         state = start(config, model, updater, saved, iterator)
         write_json(workdir / "run.json", _plain(config))
+        print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
     print("exporting the model")
     huggingface.save_pretrained(
@@ -446,6 +451,17 @@ def start(
     state = saved.restore(fresh, iterator)
     print(f"going on from step {state.step}")
     return state
+
+
+def describe(config: ConfigDict, model: Model, updater: Updater) -> str:
+    """What is about to be trained, in one line."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(updater.trainable(model.params)))
+    what = f"{config.stage} {config.format}" if config.stage == "grpo" else config.stage
+    return (
+        f"{what}: {total:,} parameters, {trained:,} of them trained, from "
+        f"{config.init_from or 'random numbers'}; the first step compiles"
+    )
 
 
 def loop(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from absl import flags
 
 from configs import grpo as grpo_config
 from configs import sft as sft_config
@@ -81,9 +82,9 @@ def arguments(stage: str, place: Path, workdir: Path, *more: str) -> list[str]:
     ]
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
+def start(*given: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *flags],
+        [sys.executable, "-m", "launch.train", *given],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -96,7 +97,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         (["--workdir=w"], "--config is missing"),
         (["--config=configs/sft.py:tiny"], "--workdir is missing"),
@@ -112,24 +113,24 @@ def start(*flags: str) -> subprocess.Popen[str]:
         ),
     ],
 )
-def test_command_line_errors_are_one_line(flags, message, monkeypatch):
+def test_command_line_errors_are_one_line(given, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    problem = parse(["train", *flags], REQUIRED)
+    problem = parse(["train", *given], REQUIRED)
     assert problem is not None
     assert message in problem
     assert "\n" not in problem
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         (["--config.init_from=/nowhere/at/all"], "/nowhere/at/all"),
         (["--config.optimizer.learning_rate=fast"], "fast"),
         (["--config.data.split=test"], "no record of split 'test'"),
     ],
 )
-def test_wrong_values_end_with_one_line_and_a_status(flags, message, place, tmp_path):
-    process = start(*arguments("sft", place, tmp_path / "w", *flags))
+def test_wrong_values_end_with_one_line_and_a_status(given, message, place, tmp_path):
+    process = start(*arguments("sft", place, tmp_path / "w", *given))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     line = output.strip().splitlines()[-1]
@@ -188,6 +189,14 @@ def test_not_finite_is_named():
     train.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
 
 
+def test_a_command_may_have_no_config(monkeypatch):
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    assert parse(["demo"], ()) is None
+    assert parse(["demo", "--nonsense=1"], ()) == "Unknown command line flag 'nonsense'"
+    assert parse(["demo", "extra"], ()) == "unexpected argument 'extra'"
+    assert parse(["demo", "--config.x=1"], ()) == "--config.x: the config has no such field"
+
+
 def test_changed_fields():
     old = {"a": 1, "b": {"c": [1, 2], "d": 3}}
     assert train.changed_fields(old, {"a": 1, "b": {"c": [1, 2], "d": 4}, "e": 0}) == ["b.d", "e"]
@@ -224,13 +233,13 @@ def test_a_run_ends_with_a_model_and_is_not_done_twice(place, tmp_path, capsys):
         train.train(fill(grpo_config.get_config("test"), place), workdir)
 
 
-def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flags: list[str]):
+def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, given: list[str]):
     """An undisturbed run and one that is killed once it has written `lines` lines; both workdirs."""
     whole, cut = folder / "whole", folder / "cut"
-    process = start(*arguments(stage, place, whole, *flags))
+    process = start(*arguments(stage, place, whole, *given))
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
-    process = start(*arguments(stage, place, cut, *flags))
+    process = start(*arguments(stage, place, cut, *given))
     metrics = cut / "metrics.jsonl"
     deadline = time.monotonic() + 900
     saved = cut / "checkpoints"
@@ -246,7 +255,7 @@ def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flag
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (cut / "done.json").exists()
-    process = start(*arguments(stage, place, cut, *flags))
+    process = start(*arguments(stage, place, cut, *given))
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return whole, cut, output
@@ -254,14 +263,14 @@ def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, flag
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "lines", "flags"),
+    ("stage", "lines", "given"),
     [
         ("sft", 5, ["--config.total_steps=8"]),
         ("grpo", 2, ["--config.total_steps=6", "--config.reward.name=1"]),
     ],
 )
-def test_killed_and_resumed_equals_undisturbed(stage, lines, flags, place, tmp_path):
-    whole, cut, output = killed_then_finished(stage, place, tmp_path, lines, flags)
+def test_killed_and_resumed_equals_undisturbed(stage, lines, given, place, tmp_path):
+    whole, cut, output = killed_then_finished(stage, place, tmp_path, lines, given)
     assert "going on from step" in output
     assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
     one, two = ((w / "export" / "model.safetensors").read_bytes() for w in (whole, cut))

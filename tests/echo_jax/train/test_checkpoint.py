@@ -45,6 +45,23 @@ def test_round_trip_goes_on_exactly(tmp_path, asynchronous):
         np.testing.assert_array_equal(next(again), batch)
 
 
+def test_what_is_being_written_may_be_donated(tmp_path):
+    step = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    kernel = jnp.zeros((512, 4096))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        saved = TrainState(1, {"kernel": kernel}, (), jax.random.key(0))
+        checkpoints.save(saved, pipeline(), {})
+        for _ in range(50):
+            kernel = step(kernel)
+        jax.block_until_ready(kernel)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        abstract = TrainState(
+            0, {"kernel": jax.ShapeDtypeStruct((512, 4096), jnp.float32)}, (), jax.random.key(0)
+        )
+        restored = checkpoints.restore(abstract, pipeline())
+    assert (np.asarray(restored.params["kernel"]) == 0).all()
+
+
 def test_only_the_last_ones_stay(tmp_path):
     data = pipeline()
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
