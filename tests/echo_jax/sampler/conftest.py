@@ -106,7 +106,12 @@ def world() -> World:
 
 @pytest.fixture(scope="session")
 def talkative(world) -> Params:
-    """A model that cites one to three clips of different lengths, surely when greedy, with digressions when sampled."""
+    """A model that surely cites a clip first, but for the last row, and then says anything at all."""
     return world.teach(
-        *(world.expand(*script.parts) for script in scripts.SCRIPTS["lengths"]), logit=11.0
+        world.expand(
+            "<think>I hear <seg>0.1, 0.5</seg", scripts.Drawn(">,"), scripts.Clip(0.1, 0.5)
+        ),
+        world.expand("a <seg>0, 1.2</seg>", scripts.Clip(0, 1.2)),
+        world.expand(),
+        logit=12.0,
     )

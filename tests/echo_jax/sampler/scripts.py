@@ -220,7 +220,7 @@ def teach(
                 [int(prompts.audio_start[row]), *(length + start for start in script.starts)],
             )[length - 1 : -1]
         )
-        drawn.append(script.drawn)
+        drawn.append(np.array(script.drawn, np.int32))
     taught = np.concatenate(drawn)
     inputs = np.concatenate(states).astype(np.float64)[taught >= 0]
     targets = logit * np.eye(config.text.vocab_size)[taught[taught >= 0]]
