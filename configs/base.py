@@ -29,6 +29,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     listening.style = "short"
     listening.weights = {"naming": 2.0, "caption": 1.0, "presence": 1.0}
     listening.naming_turns = 4
+    listening.inline_fraction = 0.5
     listening.jitter_s = 0.2
     listening.max_clip_s = 2.0
     listening.caption_order = "alphabetical"
@@ -46,8 +47,11 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-    config.data.clip_seconds = 10.0
-    config.total_steps = 600
+    config.data.clip_seconds = 6.0
+    config.batch_size = 16
+    config.naming_tokens = 288
+    config.scene_tokens = 208
+    config.total_steps = 300
     config.optimizer.learning_rate = 2e-3
 
 

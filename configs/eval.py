@@ -56,10 +56,11 @@ def _tiny(config: ConfigDict) -> None:
         "interleaved": "tiny",
     }
     config.temperature = 0.0
-    config.max_response_tokens = 192
-    config.segment_seconds = (1.0, 2.0, 4.0)
-    config.batch_size = 32
-    config.clip_seconds = (10.0,)
+    config.max_response_tokens = 128
+    config.segment_seconds = (2.0,)
+    config.batch_size = 64
+    config.insertion_slots = 32
+    config.clip_seconds = (6.0,)
 
 
 def _small(config: ConfigDict) -> None:

@@ -70,15 +70,15 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> None:
     config.prompt = "tiny"
-    config.data.clip_seconds = 10.0
-    config.total_steps = 60
-    config.queries_per_step = 16
+    config.data.clip_seconds = 6.0
+    config.total_steps = 40
+    config.queries_per_step = 8
     config.queries_per_minibatch = 8
     config.queries_per_microbatch = 8
-    config.sampling.max_response_tokens = 256
+    config.sampling.max_response_tokens = 128
     config.sampling.insertion_slots = 32
     config.sampling.segment_seconds = (2.0,)
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 3e-4
     config.checkpoint.every_steps = 10
 
 

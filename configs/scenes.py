@@ -18,8 +18,6 @@ SIMILAR = (
     "rough buzz",
     "small bell",
     "large bell",
-    "rising chirp",
-    "falling chirp",
     "slow knocks",
     "fast knocks",
     "dog bark",
@@ -41,11 +39,11 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
 
     scenes = config.scenes = ml_collections.ConfigDict()
     scenes.seed = 0
-    scenes.counts = {"train": 2000, "validation": 100, "test": 400}
+    scenes.counts = {"train": 1500, "validation": 50, "test": 150}
     scenes.classes = SIMILAR
-    scenes.duration_s = (10.0, 10.0)
-    scenes.event_s = (0.5, 1.2)
-    scenes.num_events = (4, 7)
+    scenes.duration_s = (6.0, 6.0)
+    scenes.event_s = (0.5, 0.9)
+    scenes.num_events = (4, 5)
     scenes.min_gap_s = 0.2
     scenes.overlap_probability = 0.0
     scenes.repeat_probability = 0.0
@@ -56,8 +54,8 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
 
     questions = config.questions = ml_collections.ConfigDict()
     questions.seed = 0
-    questions.per_scene = 2
-    questions.kinds = {"order": 1.0, "before": 1.0, "after": 1.0}
+    questions.per_scene = 4
+    questions.kinds = {"moment": 1.0}
     questions.style = "short"
     questions.strategy = "direct"
     questions.num_choices = 4

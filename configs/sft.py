@@ -18,6 +18,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     """Config of the SFT stage; `arg` is "tiny", "small", "test", "echo_7b" or "echo_7b_released"."""
     config = common.stage("sft")
     config.batch_size = 16
+    # Questions about one recording that share its audio in one chat; the paper's chats hold one.
+    config.questions_per_chat = 1
     config.micro_batches = 1
     config.parameter_rules = common.FROZEN_TOWER
     config.optimizer.b2 = 0.95
@@ -33,9 +35,10 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> None:
     config.prompt = "tiny"
-    config.data.clip_seconds = 10.0
-    config.batch_size = 32
-    config.total_steps = 600
+    config.data.clip_seconds = 6.0
+    config.batch_size = 16
+    config.questions_per_chat = 4
+    config.total_steps = 300
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_fraction = 0.05

@@ -28,6 +28,8 @@ class ListeningConfig:
       style: "full" or "short" wordings.
       weights: task -> share of the chats.
       naming_turns: most clips in a naming chat.
+      inline_fraction: share of the naming chats that put the clips into the assistant's text, where it goes on behind
+        each: the audio-text documents that a large model has seen in its pretraining.
       jitter_s: largest shift of each border of a clip, in steps of 0.1 s.
       max_clip_s: longest clip of a naming chat.
       caption_order: "alphabetical" or "random"; never the order in time.
@@ -38,6 +40,7 @@ class ListeningConfig:
         default_factory=lambda: {"naming": 2.0, "caption": 1.0, "presence": 1.0}
     )
     naming_turns: int = 4
+    inline_fraction: float = 0.0
     jitter_s: float = 0.2
     max_clip_s: float = 2.0
     caption_order: str = "alphabetical"
@@ -58,6 +61,8 @@ class ListeningConfig:
             raise ValueError(f"listening.style {self.style!r}: use 'full' or 'short'")
         if unknown := [task for task in self.weights if task not in TASKS]:
             raise ValueError(f"listening.weights.{unknown[0]} is unknown; use {list(TASKS)}")
+        if not 0 <= self.inline_fraction <= 1:
+            raise ValueError(f"listening.inline_fraction={self.inline_fraction} is not in [0, 1]")
         if self.caption_order not in ("alphabetical", "random"):
             raise ValueError("listening.caption_order: use 'alphabetical' or 'random'")
 
@@ -115,7 +120,7 @@ def crop_around(
 
 
 def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig) -> Chat:
-    """Clips of single events in random order, each in its own user turn and each named."""
+    """Clips of single events in random order, each named: in a user turn of its own, or inside the assistant's text."""
     alone = [
         i
         for i, event in enumerate(scene.events)
@@ -124,11 +129,21 @@ def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig)
             for j, other in enumerate(scene.events)
         )
     ]
+    chosen = [int(i) for i in rng.permutation(alone)[: config.naming_turns]]
+    if rng.random() < config.inline_fraction:
+        parts: list[str | Clip] = []
+        for i in chosen:
+            tail = _pick(rng, wordings.INLINE_TAILS[config.style]).format(y=scene.events[i].label)
+            lead = _pick(rng, wordings.INLINE_LEADS[config.style])
+            parts += [f" {lead}" if parts else lead, crop_around(scene, i, rng, config), tail]
+        prompt = _pick(rng, wordings.INLINE_PROMPTS[config.style])
+        inline = (Turn("user", (prompt,)), Turn("assistant", tuple(parts)))
+        return Chat(f"{scene.id}_inline", inline)
     turns: list[Turn] = []
-    for i in rng.permutation(alone)[: config.naming_turns]:
+    for i in chosen:
         prompt = _pick(rng, wordings.NAMING_PROMPTS[config.style])
         answer = _pick(rng, wordings.NAMING_ANSWERS[config.style])
-        turns.append(Turn("user", (crop_around(scene, int(i), rng, config), prompt)))
+        turns.append(Turn("user", (crop_around(scene, i, rng, config), prompt)))
         turns.append(Turn("assistant", (answer.format(y=scene.events[i].label),)))
     return Chat(f"{scene.id}_naming", tuple(turns))
 
@@ -165,6 +180,12 @@ def all_texts(vocabulary: Sequence[str], config: ListeningConfig) -> Iterator[tu
             yield "user", prompt
         for answer in wordings.NAMING_ANSWERS[config.style]:
             yield "assistant", answer.format(y=label)
+        for prompt in wordings.INLINE_PROMPTS[config.style]:
+            yield "user", prompt
+        for lead in wordings.INLINE_LEADS[config.style]:
+            yield from (("assistant", lead), ("assistant", f" {lead}"))
+            for tail in wordings.INLINE_TAILS[config.style]:
+                yield "assistant", f"{tail.format(y=label)} {lead}"
         for prompt in wordings.CAPTION_PROMPTS[config.style]:
             yield "user", prompt
         for answer in wordings.CAPTION_ANSWERS[config.style]:

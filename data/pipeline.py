@@ -69,15 +69,35 @@ def prompt_messages(record: EaqaRecord, prompt: str) -> list[prompts.Message]:
     return prompts.question_messages(prompt, record.question, record.choices, samples)
 
 
-def sft_messages(record: EaqaRecord, prompt: str) -> list[prompts.Message]:
-    """A record with its reasoning as the assistant's turn.
+def sft_messages(records: Sequence[EaqaRecord], prompt: str) -> list[prompts.Message]:
+    """Questions about one recording with their reasoning, a turn each; the audio stands in the first.
 
     Raises:
-      ValueError: the record has no reasoning.
+      ValueError: a record has no reasoning.
     """
-    if not record.cot:
-        raise ValueError(f"record {record.id!r} has no reasoning; SFT needs the field `cot`")
-    return [*prompt_messages(record, prompt), prompts.Message("assistant", record.cot)]
+    messages: list[prompts.Message] = []
+    for record in records:
+        if not record.cot:
+            raise ValueError(f"record {record.id!r} has no reasoning; SFT needs the field `cot`")
+        if messages:
+            text = prompts.preset(prompt).user_text(record.question, record.choices)
+            messages.append(prompts.Message("user", text))
+        else:
+            messages += prompt_messages(record, prompt)
+        messages.append(prompts.Message("assistant", record.cot))
+    return messages
+
+
+def chats_of(records: Sequence[EaqaRecord], questions_per_chat: int) -> list[list[EaqaRecord]]:
+    """Groups records about the same recording, in their order, at most so many a group."""
+    by_path: dict[str, list[EaqaRecord]] = {}
+    for record in records:
+        by_path.setdefault(record.audio_path, []).append(record)
+    return [
+        group[i : i + questions_per_chat]
+        for group in by_path.values()
+        for i in range(0, len(group), questions_per_chat)
+    ]
 
 
 def corpus_texts(
@@ -91,7 +111,7 @@ def corpus_texts(
         for name in prompt_names:
             yield from prompts.text_runs(prompt_messages(record, name), add_generation_prompt=True)
         if record.cot:
-            yield from prompts.text_runs(sft_messages(record, prompt_names[0]))
+            yield from prompts.text_runs(sft_messages([record, record], prompt_names[0]))
     if listening_config:
         for role, text in listening.all_texts(vocabulary, listening_config):
             clip = [prompts.Audio(SAMPLING_RATE)] if role == "user" else []
@@ -200,16 +220,21 @@ def _shuffled(source: Sequence, seed: int, epochs: int | None, shuffle: bool) ->
 
 
 def longest_chat(
-    records: Sequence[EaqaRecord], tokenizer: Tokenizer, prompt: str, answers: bool
+    records: Sequence[EaqaRecord],
+    tokenizer: Tokenizer,
+    prompt: str,
+    answers: bool,
+    questions_per_chat: int = 1,
 ) -> int:
-    """Tokens of the longest record, rounded up to a multiple of 16: the least `max_tokens` that fits all.
+    """Tokens of the longest chat, rounded up to a multiple of 16: the least `max_tokens` that fits all.
 
     Args:
       answers: True measures SFT chats, False the prompts of rl and eval.
+      questions_per_chat: as for `sft_dataset`.
     """
     longest = 0
-    for record in records:
-        messages = sft_messages(record, prompt) if answers else prompt_messages(record, prompt)
+    for chat in chats_of(records, questions_per_chat):
+        messages = sft_messages(chat, prompt) if answers else prompt_messages(chat[0], prompt)
         longest = max(longest, len(_encode(tokenizer, messages, prompt, not answers).tokens))
     return _up(longest, TOKEN_MULTIPLE)
 
@@ -224,9 +249,14 @@ def _encode(
 
 
 def _record_example(
-    record: EaqaRecord, store: AudioStore, tokenizer: Tokenizer, prompt: str, answer: bool
+    records: Sequence[EaqaRecord],
+    store: AudioStore,
+    tokenizer: Tokenizer,
+    prompt: str,
+    answer: bool,
 ) -> _Example:
-    messages = sft_messages(record, prompt) if answer else prompt_messages(record, prompt)
+    record = records[0]
+    messages = sft_messages(records, prompt) if answer else prompt_messages(record, prompt)
     wave = store.read(record.audio_path, least_s=record.duration_s)
     wave = _fit(wave, num_samples_of(record.duration_s))
     return _Example(record.id, _encode(tokenizer, messages, prompt, not answer), (wave,), record)
@@ -241,6 +271,7 @@ def sft_dataset(
     batch_size: int,
     clip_seconds: float,
     max_tokens: int = 0,
+    questions_per_chat: int = 1,
     seed: int = 0,
     epochs: int | None = None,
 ) -> grain.IterDataset:
@@ -248,15 +279,19 @@ def sft_dataset(
 
     Args:
       records: any random-access sequence.
+      questions_per_chat: so many questions about one recording share its audio and a row, each seeing those before it.
       prompt: a name in `prompts.PRESETS`.
       clip_seconds: S; a longer record raises `TooLong`.
       max_tokens: L; 0 measures the records.
       epochs: passes over the records, each in its own order; None = endless.
     """
-    max_tokens = max_tokens or longest_chat(records, tokenizer, prompt, answers=True)
+    max_tokens = max_tokens or longest_chat(
+        records, tokenizer, prompt, answers=True, questions_per_chat=questions_per_chat
+    )
     samples = _up(num_samples_of(clip_seconds), FRAME_SAMPLES)
-    make = _usable(lambda record: _record_example(record, store, tokenizer, prompt, True))
-    dataset = _shuffled(records, seed, epochs, True).map(make).to_iter_dataset(READ)
+    make = _usable(lambda chat: _record_example(chat, store, tokenizer, prompt, True))
+    chats = chats_of(records, questions_per_chat)
+    dataset = _shuffled(chats, seed, epochs, True).map(make).to_iter_dataset(READ)
     return dataset.batch(
         batch_size,
         drop_remainder=True,
@@ -283,7 +318,7 @@ def prompt_dataset(
     """
     max_tokens = max_prompt_tokens or longest_chat(records, tokenizer, prompt, answers=False)
     samples = _up(num_samples_of(clip_seconds), FRAME_SAMPLES)
-    make = _usable(lambda record: _record_example(record, store, tokenizer, prompt, False))
+    make = _usable(lambda record: _record_example([record], store, tokenizer, prompt, False))
     dataset = _shuffled(records, seed, epochs, shuffle).map(make).to_iter_dataset(READ)
     return dataset.batch(
         batch_size,

@@ -308,6 +308,19 @@ NAMING_ANSWERS: dict[str, tuple[str, ...]] = {
     "full": ("That is the {y}.", "I hear the {y}.", "This sounds like the {y}.", "the {y}"),
     "short": ("the {y}.", "that is the {y}."),
 }
+INLINE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": ("Go through these clips and name each.", "Name the clips one at a time."),
+    "short": ("Name them.", "Which sounds?"),
+}
+# Around a clip that stands in the middle of the assistant's own text.
+INLINE_LEADS: dict[str, tuple[str, ...]] = {
+    "full": ("Listening to", "Here is", "The next clip,", "Now I hear"),
+    "short": ("Here", "Now", "Then", "I hear"),
+}
+INLINE_TAILS: dict[str, tuple[str, ...]] = {
+    "full": (", which is the {y}.", ", that is the {y}.", " holds the {y}."),
+    "short": (", that is the {y}.", " is the {y}.", ", the {y}."),
+}
 CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
     "full": (
         "Which sounds occur in this recording?",

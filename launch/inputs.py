@@ -139,7 +139,11 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
         return iter(dataset)
     records = load_records(config)
     size = config.batch_size if config.stage == "sft" else config.queries_per_step
-    _check_size(len(records), size, "records", config)
+    if config.stage == "sft":
+        chats = pipeline.chats_of(records, config.questions_per_chat)
+        _check_size(len(chats), size, "chats", config)
+    else:
+        _check_size(len(records), size, "records", config)
     common = {
         "prompt": config.prompt,
         "batch_size": size,
@@ -149,7 +153,12 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
     store = _store(config, len({record.audio_path for record in records}))
     if config.stage == "sft":
         dataset = pipeline.sft_dataset(
-            records, store, tokenizer, max_tokens=config.data.max_tokens, **common
+            records,
+            store,
+            tokenizer,
+            max_tokens=config.data.max_tokens,
+            questions_per_chat=config.questions_per_chat,
+            **common,
         )
     else:
         dataset = pipeline.prompt_dataset(

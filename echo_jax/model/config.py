@@ -314,7 +314,7 @@ _PRESETS: dict[str, tuple[AudioConfig, TextConfig]] = {
         ),
     ),
     "tiny": (
-        AudioConfig(num_layers=2, d_model=96, num_heads=4, ffn_dim=256, output_dim=128),
+        AudioConfig(num_layers=2, d_model=64, num_heads=4, ffn_dim=128, output_dim=128),
         TextConfig(
             vocab_size=152064,
             hidden_size=128,
