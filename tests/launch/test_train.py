@@ -19,6 +19,7 @@ from configs import grpo as grpo_config
 from configs import sft as sft_config
 from data.records import EaqaRecord
 from echo_jax import huggingface
+from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
 from launch import train
 from launch.command_line import parse
@@ -282,3 +283,85 @@ def test_killed_and_resumed_equals_undisturbed(stage, lines, given, place, tmp_p
         assert any(row["reward/consistency"] < 0 for row in rows)
         assert all(row["logprob_gap"] < 1e-4 for row in rows)
         assert any(row["policy"] != 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_grpo_learns_what_is_rewarded(place, tmp_path):
+    # The model starts a new sentence ("A") after some of its citations, which costs 0.1 each time.
+    config = fill(grpo_config.get_config("test"), place)
+    config.total_steps = 16
+    config.rollouts_per_query = 8
+    config.queries_per_step = config.queries_per_minibatch = config.queries_per_microbatch = 4
+    config.sampling.max_response_tokens = 112
+    config.reward.name = "1"
+    config.loss.kl_coefficient = 0.0
+    config.optimizer.learning_rate = 5e-4
+    config.checkpoint.every_steps = 100
+    train.train(config, tmp_path / "w")
+    lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward/total"] for line in lines]
+    assert np.mean(rewards[:3]) < -0.01
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) / 3
+    assert all("kl" not in json.loads(line) for line in lines)
+
+
+# -------------------- rewards of rollouts --------------------
+
+
+def rollout_of(tokenizer: Tokenizer, texts: list[str], inserted: list[int]) -> Rollout:
+    """Rows of a 2-token prompt, a text and <|im_end|>, with an inserted clip of one token before the end."""
+    rows = [[tokenizer.audio_id, 0, *tokenizer.encode(text)] for text in texts]
+    width = max(map(len, rows)) + 2
+    tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
+    sampled = np.zeros(tokens.shape, bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row) + 2] = [*row, tokenizer.audio_id, tokenizer.im_end_id]
+        sampled[number, 2 : len(row)] = sampled[number, len(row) + 1] = True
+    count = len(rows)
+    return Rollout(
+        tokens=tokens,
+        prompt_length=np.full(count, 2),
+        length=np.array([len(row) + 2 for row in rows]),
+        logprob=np.where(sampled, np.log(0.5), 0.0),
+        sampled=sampled,
+        stop_rest=np.full(tokens.shape, -1),
+        segment_samples=np.zeros((count, 7, 2), np.int32),
+        segment_token_start=np.zeros((count, 7), np.int32),
+        num_segments=np.array(inserted),
+        finish_reason=np.array([0, 1, 2, 0])[:count],
+        num_turns=np.ones(count),
+        num_decode_steps=np.int32(1),
+        num_insert_steps=np.int32(1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "totals"),
+    [
+        ("interleaved", "paper", [1.5, 1.0, 0.5, 0.0]),
+        ("grounded", "paper", [1.5, 1.5, 0.5, 0.0]),
+        # c = 0.5: right 0.375, wrong -0.125.
+        ("grounded", "6", [1.25, 1.25, 0.375, 0.0]),
+    ],
+)
+def test_rollouts_are_scored_by_their_sampled_text(how, name, totals):
+    tokenizer = citing_tokenizer()
+    cited = "<think><seg>1.0, 2</seg> ok</think><answer>%s</answer>"
+    texts = [cited % "ok", cited % "ok", cited % "A", "no form"]
+    rollout = rollout_of(tokenizer, texts, [1, 0, 1, 0])
+    config = grpo_config.get_config("test")
+    config.rollouts_per_query = 2
+    config.format = how
+    config.reward.name = name
+    batch = {"records": [record(0), record(1)], "num_samples": np.array([48_000, 48_000])}
+    scores = train.score_rollout(config, tokenizer, rollout, batch)
+    assert [score["total"] for score in scores] == pytest.approx(totals)
+    metrics = train.rollout_metrics(scores, rollout, 2)
+    assert metrics["reward/total"] == pytest.approx(np.mean(totals))
+    assert metrics["reward/correct"] == 0.5
+    assert metrics["insertions"] == 0.5
+    assert metrics["finish/end"] == 0.5
+    assert metrics["finish/turn_limit"] == 0.25
+    assert metrics["response_length"] == metrics["response_tokens"] + 1
+    signal_free = 0.0 if how == "interleaved" else 0.5
+    assert metrics["groups_without_signal"] == signal_free
