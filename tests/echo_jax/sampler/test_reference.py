@@ -121,7 +121,7 @@ def test_a_clip_goes_in_when_one_token_is_left_after_it(world):
 
 
 @pytest.mark.slow
-def test_greedy_answers_to_200_prompts_equal_the_host_loop(world, talkative):
+def test_greedy_answers_to_200_prompts_equal_the_host_loop(world):
     compared = inserted = 0
     for seed in range(200):
         prompts = make_prompts(world.tokenizer, seed)
