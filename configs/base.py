@@ -25,14 +25,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.batch_size = 32
     config.micro_batches = 1
 
-    listening = config.listening = ConfigDict()
-    listening.style = "short"
-    listening.weights = {"naming": 2.0, "caption": 1.0, "presence": 1.0}
-    listening.naming_turns = 4
-    listening.inline_fraction = 0.5
-    listening.jitter_s = 0.2
-    listening.max_clip_s = 2.0
-    listening.caption_order = "alphabetical"
+    config.listening = common.listening()
     # Token buffers of the two kinds of batches.
     config.naming_tokens = 352
     config.scene_tokens = 352

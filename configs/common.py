@@ -79,3 +79,16 @@ def stage(name: str) -> ConfigDict:
 
 
 FROZEN_TOWER = (("audio_tower/.*", "freeze"), ("language_model/.*", "train"))
+
+
+def listening() -> ConfigDict:
+    """Chats of the base stage, see `data.listening.ListeningConfig`, and the token buffers of their two shapes."""
+    config = ConfigDict()
+    config.style = "short"
+    config.weights = {"naming": 2.0, "caption": 1.0, "presence": 1.0}
+    config.naming_turns = 4
+    config.inline_fraction = 0.5
+    config.jitter_s = 0.2
+    config.max_clip_s = 2.0
+    config.caption_order = "alphabetical"
+    return config

@@ -75,7 +75,7 @@ def _tiny(config: ConfigDict) -> None:
     config.queries_per_step = 8
     config.queries_per_minibatch = 8
     config.queries_per_microbatch = 8
-    config.sampling.max_response_tokens = 128
+    config.sampling.max_response_tokens = 256
     config.sampling.insertion_slots = 32
     config.sampling.segment_seconds = (2.0,)
     config.optimizer.learning_rate = 3e-4

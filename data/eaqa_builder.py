@@ -107,7 +107,9 @@ class EaqaScenes(tfds.core.GeneratorBasedBuilder):
             "choices": tfds.features.Sequence(text()),
             "answer": text(doc="Text of exactly one choice."),
             "cot": text(doc="Assistant text with citations; empty for RL-only records."),
-            "kind": text(doc="order, before, after, count, gap, duration, overlap or moment."),
+            "kind": text(
+                doc="order, before, after, count, gap, duration, overlap, moment or span."
+            ),
             "events": {
                 "start_s": tfds.features.Sequence(seconds),
                 "end_s": tfds.features.Sequence(seconds),

@@ -353,6 +353,20 @@ def draft_moment(
     return drafts
 
 
+def draft_span(
+    scene: Scene, rng: Rng, vocabulary: Sequence[str], config: QuestionConfig
+) -> list[Draft]:
+    """Which sound is heard between two times that the question names."""
+    drafts = []
+    for i, event in enumerate(scene.events):
+        if not _alone(scene, i):
+            continue
+        slots = {"s": f"{event.start_s:.1f}", "e": f"{event.end_s:.1f}"}
+        wrong = _others(scene, [event.label], rng, vocabulary)
+        drafts.append(Draft("span", "span", slots, event.label, wrong, (i,), ("span",), (i,)))
+    return drafts
+
+
 DRAFTS = {
     "order": draft_order,
     "before": draft_before,
@@ -362,6 +376,7 @@ DRAFTS = {
     "duration": draft_duration,
     "overlap": draft_overlap,
     "moment": draft_moment,
+    "span": draft_span,
 }
 
 # ----------------------------------------------------------------------------- wording

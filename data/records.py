@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-KINDS = ("order", "before", "after", "count", "gap", "duration", "overlap", "moment")
+KINDS = ("order", "before", "after", "count", "gap", "duration", "overlap", "moment", "span")
 
 
 class RecordError(ValueError):

@@ -76,6 +76,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "What can be heard {m} seconds into the recording?",
         "Which sound is going on at {m} seconds?",
     ),
+    "span": (
+        "Which sound is heard between {s} and {e} seconds?",
+        "What can be heard between {s} and {e} seconds?",
+        "Which sound lasts from {s} to {e} seconds?",
+    ),
 }
 
 # ------------------------------------------------------------------ full style: why a span is needed, what it shows
@@ -141,6 +146,11 @@ OPENINGS: dict[str, tuple[str, ...]] = {
         "The question names a time, and I have to hear what is there.",
         "From memory I cannot be sure what sounded then, so I listen again.",
     ),
+    "span": (
+        "The question gives the place, and I have to hear what is there.",
+        "Only this part of the recording matters, so I go back to it.",
+        "From memory I cannot be sure what sounded there, so I listen again.",
+    ),
 }
 
 ANCHOR_LEADS = (
@@ -182,6 +192,11 @@ FOUND_LEADS: dict[str, tuple[str, ...]] = {
         "While it is going on, something else is sounding in",
         "Sharing time with it, another event covers",
         "A second sound runs into it during",
+    ),
+    "span": (
+        "The place that is asked for is",
+        "I listen once more to",
+        "What matters is",
     ),
     "moment": (
         "Around {m} seconds there is the event at",
@@ -230,6 +245,7 @@ CLOSINGS: dict[str, tuple[str, ...]] = {
         "The two that run together are the {x} and the {a}.",
     ),
     "moment": ("So at {m} seconds it is the {a}.", "Hence the sound at that time is the {a}."),
+    "span": ("So the sound from {s} to {e} is the {a}.", "Hence the sound there is the {a}."),
 }
 
 # ------------------------------------------------------------------ short style: every token is CPU time
@@ -265,10 +281,16 @@ SHORT_FOUND: dict[str, tuple[tuple[str, str], ...]] = {
         ("Over it", " is the {y}."),
         ("With it", ", the {y}."),
     ),
+    # The time is said again, so that a small model learns to carry it over from the question.
     "moment": (
-        ("Then it is", ", that is the {y}."),
-        ("At that time", " is the {y}."),
-        ("I go to", ", the {y}."),
+        ("At {m} there is", ", that is the {y}."),
+        ("Around {m}:", " is the {y}."),
+        ("For {m} I go to", ", the {y}."),
+    ),
+    "span": (
+        ("There", ", that is the {y}."),
+        ("Here", " is the {y}."),
+        ("I hear", ", the {y}."),
     ),
     "item": (
         ("I hear", ", the {y}."),

@@ -25,14 +25,14 @@ class ArraySpec:
     Attributes:
       shape: dimensions; stacked layer arrays carry the layer axis first.
       logical_axes: a name (or None) for each dimension; `ShardingRules` maps names to mesh axes.
-      init: "fan_in" (normal with variance 1 / fan-in), "normal" (standard deviation 0.02), "zeros" or "ones".
+      init: "fan_in" (normal with variance 1 / fan-in), "unit" (normal with variance 1), "zeros" or "ones".
       fan_in_axes: the contracted dimensions, for "fan_in".
       dtype: storage dtype.
     """
 
     shape: tuple[int, ...]
     logical_axes: tuple[str | None, ...]
-    init: Literal["fan_in", "normal", "zeros", "ones"] = "fan_in"
+    init: Literal["fan_in", "unit", "zeros", "ones"] = "fan_in"
     fan_in_axes: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
@@ -107,7 +107,7 @@ def init_params(specs: Any, key: jax.Array) -> Params:
             return jnp.zeros(spec.shape, spec.dtype)
         if spec.init == "ones":
             return jnp.ones(spec.shape, spec.dtype)
-        std = 0.02
+        std = 1.0
         if spec.init == "fan_in":
             std = 1.0 / math.sqrt(math.prod(spec.shape[axis] for axis in spec.fan_in_axes))
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 from ml_collections import ConfigDict
 
 from data import eaqa_builder, pipeline, released
@@ -115,6 +116,24 @@ def _store(config: ConfigDict, num_files: int) -> AudioStore:
     )
 
 
+def _listening(config: ConfigDict, tokenizer: Tokenizer) -> grain.IterDataset:
+    """Batches of the base stage."""
+    scenes = load_scenes(config)
+    _check_size(len(scenes), config.batch_size, "scenes", config)
+    return pipeline.base_dataset(
+        scenes,
+        _store(config, len(scenes)),
+        tokenizer,
+        config=ListeningConfig(**config.listening.to_dict()),
+        vocabulary=vocabulary_of(scenes),
+        batch_size=config.batch_size,
+        scene_seconds=config.data.clip_seconds,
+        naming_tokens=config.naming_tokens,
+        scene_tokens=config.scene_tokens,
+        seed=config.seed,
+    )
+
+
 def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """The endless batches of the config's stage, as a grain iterator (`get_state`, `set_state`).
 
@@ -122,21 +141,7 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
         ValueError: fewer examples than a batch holds.
     """
     if config.stage == "base":
-        scenes = load_scenes(config)
-        _check_size(len(scenes), config.batch_size, "scenes", config)
-        dataset = pipeline.base_dataset(
-            scenes,
-            _store(config, len(scenes)),
-            tokenizer,
-            config=ListeningConfig(**config.listening.to_dict()),
-            vocabulary=vocabulary_of(scenes),
-            batch_size=config.batch_size,
-            scene_seconds=config.data.clip_seconds,
-            naming_tokens=config.naming_tokens,
-            scene_tokens=config.scene_tokens,
-            seed=config.seed,
-        )
-        return iter(dataset)
+        return iter(_listening(config, tokenizer))
     records = load_records(config)
     size = config.batch_size if config.stage == "sft" else config.queries_per_step
     if config.stage == "sft":
@@ -160,6 +165,9 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
             questions_per_chat=config.questions_per_chat,
             **common,
         )
+        if config.listening_fraction:
+            shares = [1.0 - config.listening_fraction, config.listening_fraction]
+            dataset = grain.IterDataset.mix([dataset, _listening(config, tokenizer)], shares)
     else:
         dataset = pipeline.prompt_dataset(
             records, store, tokenizer, max_prompt_tokens=config.data.max_tokens, **common

@@ -73,9 +73,7 @@ def param_specs(config: AudioConfig) -> dict:
             "bias": ArraySpec((config.output_dim,), ("embed",), "zeros"),
         },
         # Present in released checkpoints and read by no forward pass; kept so that an export is complete.
-        "audio_bos_eos": {
-            "embedding": ArraySpec((2, config.output_dim), (None, "embed"), "normal")
-        },
+        "audio_bos_eos": {"embedding": ArraySpec((2, config.output_dim), (None, "embed"), "unit")},
     }
 
 

@@ -324,7 +324,6 @@ _PRESETS: dict[str, tuple[AudioConfig, TextConfig]] = {
             head_dim=32,
             ffn_dim=320,
             rope_theta=10_000.0,
-            tie_embeddings=True,
         ),
     ),
 }

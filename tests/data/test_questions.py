@@ -71,6 +71,11 @@ def _solve(record: EaqaRecord) -> str:
         heard = [e.label for e in events if e.start_s <= then <= e.end_s]
         assert len(heard) == 1
         return heard[0]
+    if form == "span":
+        asked = (float(slots["s"]), float(slots["e"]))
+        heard = [e.label for e in events if e.start_s < asked[1] and e.end_s > asked[0]]
+        assert len(heard) == 1
+        return heard[0]
     x = by_name[slots["x"]]
     shared = [e for e in events if e is not x and e.start_s < x.end_s and e.end_s > x.start_s]
     assert len(shared) == 1
@@ -121,7 +126,7 @@ def test_full_reasoning_has_the_length_of_the_papers():
 
 def test_an_answer_that_is_not_known_from_the_question_is_named_only_after_its_tag():
     for record in questions.make_questions(SCENES, _config(style="full")):
-        if record.kind in ("after", "before", "overlap", "order", "moment"):
+        if record.kind in ("after", "before", "overlap", "order", "moment", "span"):
             *_, answer_tag = TAG.finditer(record.cot)
             assert record.answer not in record.cot[: answer_tag.start()]
 
