@@ -56,7 +56,7 @@ def _tiny(config: ConfigDict) -> None:
         "interleaved": "tiny",
     }
     config.temperature = 0.0
-    config.max_response_tokens = 256
+    config.max_response_tokens = 160
     config.segment_seconds = (2.0,)
     config.batch_size = 64
     config.insertion_slots = 32

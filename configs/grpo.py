@@ -75,7 +75,10 @@ def _tiny(config: ConfigDict) -> None:
     config.queries_per_step = 8
     config.queries_per_minibatch = 8
     config.queries_per_microbatch = 8
-    config.sampling.max_response_tokens = 256
+    config.sampling.max_response_tokens = 128
+    # One compiled shape: compiling another takes as long as several steps.
+    config.replay.token_multiple = 1024
+    config.replay.target_multiple = 128
     config.sampling.insertion_slots = 32
     config.sampling.segment_seconds = (2.0,)
     config.optimizer.learning_rate = 3e-4
