@@ -29,7 +29,6 @@ DATA = [
 ]
 LAUNCH = [
     "absl-py>=2.1",
-    "google-metrax>=0.2.4",
     "ml_collections>=1.1",
     "tensorboardX>=2.6.4",
 ]
