@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ml_collections
 
+from configs import common
+
 # Groups of classes that are easy to confuse from far away and easy to tell apart close by.
 SIMILAR = (
     "low beep",
@@ -29,8 +31,6 @@ SIMILAR = (
 
 def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
     """Config of one data set; `arg` is "tiny", "small" or "test"."""
-    if arg not in ("tiny", "small", "test"):
-        raise ValueError(f"configs/scenes.py:{arg} is unknown; use tiny, small or test")
     config = ml_collections.ConfigDict()
     config.num_processes = 2
     # Share of the files that may be unreadable, empty, silent or overlong before the build stops.
@@ -61,27 +61,34 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
     questions.num_choices = 4
     questions.min_choices = 4
 
-    if arg == "small":
-        scenes.counts = {"train": 5000, "validation": 200, "test": 600}
-        scenes.classes = ()  # the whole library
-        scenes.duration_s = (10.0, 30.0)
-        scenes.event_s = (0.5, 1.5)
-        scenes.num_events = (4, 5)
-        scenes.repeat_probability = 0.15
-        scenes.overlap_probability = 0.25
-        questions.kinds = {
-            "order": 1.0,
-            "before": 1.0,
-            "after": 1.0,
-            "count": 0.5,
-            "gap": 0.5,
-            "duration": 0.5,
-            "overlap": 0.5,
-        }
-    if arg == "test":
-        config.num_processes = 1
-        scenes.counts = {"train": 6, "validation": 2, "test": 4}
-        scenes.duration_s = (6.0, 8.0)
-        scenes.num_events = (3, 4)
-        scenes.event_s = (0.5, 0.8)
-    return config
+    variants = {"tiny": lambda config: None, "small": _small, "test": _test}
+    return common.choose("configs/scenes.py", arg, config, variants)
+
+
+def _small(config: ml_collections.ConfigDict) -> None:
+    scenes, questions = config.scenes, config.questions
+    scenes.counts = {"train": 5000, "validation": 200, "test": 600}
+    scenes.classes = ()  # the whole library
+    scenes.duration_s = (10.0, 30.0)
+    scenes.event_s = (0.5, 1.5)
+    scenes.num_events = (4, 5)
+    scenes.repeat_probability = 0.15
+    scenes.overlap_probability = 0.25
+    questions.kinds = {
+        "order": 1.0,
+        "before": 1.0,
+        "after": 1.0,
+        "count": 0.5,
+        "gap": 0.5,
+        "duration": 0.5,
+        "overlap": 0.5,
+    }
+
+
+def _test(config: ml_collections.ConfigDict) -> None:
+    scenes = config.scenes
+    config.num_processes = 1
+    scenes.counts = {"train": 6, "validation": 2, "test": 4}
+    scenes.duration_s = (6.0, 8.0)
+    scenes.num_events = (3, 4)
+    scenes.event_s = (0.5, 0.8)

@@ -7,22 +7,20 @@ Running it again continues: audio files and records that exist are kept.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from data import eaqa_builder, scenes
-from data.audio_store import TooManyBadFiles
+from data.command_line import parse
 from data.questions import QuestionConfig
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to make, e.g. configs/scenes.py:tiny"
-)
-ROOT = flags.DEFINE_string("root", None, "Folder to write to.")
+PROGRAM = "data.build"
 
 
 def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -51,21 +49,31 @@ def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     return {"scenes": written, "records": counts, "skipped": lines, "directory": made.data_dir}
 
 
-def main(argv: list[str]) -> None:
-    """Command line of `build`."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    root = Path(str(ROOT.value))
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    # Here and not at import: a process that only uses `build` may have a --config of its own.
+    config = config_flags.DEFINE_config_file(
+        "config", None, "What to make, e.g. configs/scenes.py:tiny"
+    )
+    folder = flags.DEFINE_string("root", None, "Folder to write to; run again, it goes on.")
+    problem = parse(argv, required=("config", "root"))
+    if problem:
+        print(f"{PROGRAM}: {problem}", file=sys.stderr)
+        return 2
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    root = Path(str(folder.value))
     try:
-        result = build(CONFIG.value, root)
-    except (ValueError, eaqa_builder.TooManySkipped, TooManyBadFiles) as error:
-        raise SystemExit(f"data.build: {error}") from None
+        result = build(config.value, root)
+    except (ValueError, OSError, eaqa_builder.TooManySkipped) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     print(f"scenes: {result['scenes']['written']} written, {result['scenes']['kept']} kept")
     print("records: " + ", ".join(f"{split} {n}" for split, n in result["records"].items()))
     print(f"skipped audio files: {result['skipped']} (named in {root / 'skipped.jsonl'})")
     print(f"stored in {result['directory']}")
+    return 0
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "root"])
-    app.run(main)
+    sys.exit(main(sys.argv))

@@ -19,8 +19,8 @@ from pathlib import Path
 from absl import flags
 
 from configs import eval as eval_config
+from data.command_line import parse
 from eval import ablation, curves
-from launch.command_line import parse
 
 PROGRAM = "launch.demo"
 

@@ -32,6 +32,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from data.audio_store import TooManyBadFiles
+from data.command_line import parse
 from data.pipeline import TooLong
 from echo_jax import arrays, huggingface
 from echo_jax.model import thinker
@@ -43,7 +44,6 @@ from echo_jax.train import optimizer as optimizer_lib
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
 from echo_jax.train.metrics import MetricWriter
 from launch import inputs
-from launch.command_line import parse
 
 PROGRAM = "launch.train"
 FORMATS = ("conditioned", "grounded", "interleaved")

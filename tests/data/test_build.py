@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
@@ -10,6 +11,8 @@ from configs.scenes import get_config
 from data import build, eaqa_builder
 from data.questions import QuestionConfig, make_questions
 from data.scenes import read_scenes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +80,25 @@ def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
         build.build(config, tmp_path)
 
 
-def test_the_command_answers_mistakes_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "data.build", "--config=configs/scenes.py:test"]
-    bad = [*command, f"--root={tmp_path}", "--config.scenes.min_gap_s=9.0"]
-    done = subprocess.run(bad, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("data.build: scenes: 4 events")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--config=configs/scenes.py:test", "--config.scenes.min_gap_s=9.0"], "scenes: 4 events"),
+        (["--config=configs/scenes.py:test", "--config.scenes.sed=1"], "did you mean"),
+        (["--config=configs/scenes.py:test", "--config.scenes.seed=abc"], "'abc'"),
+        (["--config=configs/scenes.py:tset"], "did you mean test?"),
+        (["--config=configs/nope.py:test"], "there is no file 'configs/nope.py'"),
+        (["--config=configs/scenes.py:test", "--root=README.md"], "README.md"),
+        (["--config=configs/scenes.py:test", "--root="], "--root is empty"),
+    ],
+)
+def test_the_command_answers_mistakes_in_one_line(given, message, tmp_path):
+    command = [sys.executable, "-m", "data.build", f"--root={tmp_path}", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("data.build: ")
+    assert message in lines[-1]
     assert "Traceback" not in done.stderr
 
 

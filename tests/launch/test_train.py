@@ -17,12 +17,12 @@ from absl import flags
 
 from configs import grpo as grpo_config
 from configs import sft as sft_config
+from data.command_line import parse
 from data.records import EaqaRecord
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
 from launch import train
-from launch.command_line import parse
 from tests.citing import citing_model, citing_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -41,7 +41,10 @@ def parse(argv: Sequence[str], required: Sequence[str]) -> str | None:
         return " ".join(str(error).split())
     finally:
         sys.argv = before
-    return f"unexpected argument {rest[0]!r}" if rest else None
+    if rest:
+        return f"unexpected argument {rest[0]!r}"
+    empty = [name for name in required if not flags.FLAGS[name].value]
+    return f"--{empty[0]} is empty" if empty else None
 
 
 def _load(argv: Sequence[str]) -> ConfigDict:
@@ -63,7 +66,10 @@ def _load(argv: Sequence[str]) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ValueError(f"--config: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise ValueError(f"--config: {path} is broken: {error}") from None
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config: {path} has no function get_config")
     config = module.get_config(*([variant] if variant else []))
