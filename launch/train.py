@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +41,7 @@ from echo_jax.train import grpo, replay, rewards, sft, step
 from echo_jax.train import optimizer as optimizer_lib
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
 from echo_jax.train.metrics import MetricWriter
-from launch import inputs
+from launch import inputs, runs
 
 PROGRAM = "launch.train"
 FORMATS = ("conditioned", "grounded", "interleaved")
@@ -367,54 +365,34 @@ STAGES: dict[str, Callable[[ConfigDict, Model], tuple[Updater, StepFunction]]] =
 }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+# Fields of any stage that count something; a stage has some of them.
+COUNTS = (
+    "total_steps",
+    "batch_size",
+    "micro_batches",
+    "questions_per_chat",
+    "rollouts_per_query",
+    "queries_per_step",
+    "log_every_steps",
+    "checkpoint.every_steps",
+)
 
 
-def is_done(config: ConfigDict, workdir: Path) -> bool:
-    """Whether `workdir` holds a finished run of this many steps.
-
-    Raises:
-        ValueError: it is the workdir of another stage.
-    """
-    settings = workdir / "run.json"
-    if settings.is_file():
-        stage = json.loads(settings.read_text(encoding="utf-8"))["stage"]
-        if stage != config.stage:
-            raise ValueError(
-                f"{workdir} is the workdir of a {stage} run, not of {config.stage}; give another --workdir"
-            )
-    done = workdir / "done.json"
-    if not done.is_file():
-        return False
-    return bool(json.loads(done.read_text(encoding="utf-8"))["step"] >= config.total_steps)
-
-
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    return content
-
-
-def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the fields whose values differ between two configs."""
-    names = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            names += changed_fields(before, after, f"{prefix}{name}.")
-        elif before != after:
-            names.append(f"{prefix}{name}")
-    return names
+def check_counts(config: ConfigDict) -> None:
+    """Raises ValueError, naming the field, where a count is less than one."""
+    for name in COUNTS:
+        section, _, field = name.rpartition(".")
+        values = config[section] if section else config
+        if field in values and values[field] < 1:
+            raise ValueError(f"config.{name}={values[field]} must be at least 1")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the stage to its end."""
     if config.stage not in STAGES:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(STAGES)}")
-    if is_done(config, workdir):
+    check_counts(config)
+    if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
         return
     model = load_model(config)
@@ -424,14 +402,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
     options = config.checkpoint
     with Checkpoints(workdir / "checkpoints", options.keep_last, options.asynchronous) as saved:
         state = start(config, model, updater, saved, iterator)
-        write_json(workdir / "run.json", _plain(config))
+        runs.write_settings(config, workdir)
         print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
     print("exporting the model")
     huggingface.save_pretrained(
         workdir / "export", model.config, jax.device_get(state.params), model.tokenizer
     )
-    write_json(workdir / "done.json", {"stage": config.stage, "step": state.step})
+    runs.write_done(config, workdir, state.step)
     print(f"finished {state.step} steps; the model is {workdir / 'export'}")
 
 
@@ -446,7 +424,7 @@ def start(
     )
     if saved.latest_step() is None:
         return fresh
-    if changed := changed_fields(saved.stored_config(), _plain(config)):
+    if changed := runs.changed_fields(saved.stored_config(), runs.plain(config)):
         print(f"warning: since the checkpoint the config has changed in {', '.join(changed)}")
     state = saved.restore(fresh, iterator)
     print(f"going on from step {state.step}")
@@ -491,7 +469,7 @@ def loop(
             if state.step % config.log_every_steps == 0 or state.step == total:
                 writer.write(state.step, result.metrics, timings, result.ids)
             if state.step % config.checkpoint.every_steps == 0 or state.step == total:
-                saved.save(state, iterator, _plain(config))
+                saved.save(state, iterator, runs.plain(config))
     return state
 
 

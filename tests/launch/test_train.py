@@ -68,6 +68,8 @@ def fill(config, place: Path):
     config.data.root = str(place)
     config.data.records = str(place / "records.jsonl")
     config.data.clip_seconds = 3.0
+    if config.stage == "sft":
+        config.listening_fraction = 0.0  # there are no labelled scenes here
     return config
 
 
@@ -79,6 +81,7 @@ def arguments(stage: str, place: Path, workdir: Path, *more: str) -> list[str]:
         f"--config.data.root={place}",
         f"--config.data.records={place / 'records.jsonl'}",
         "--config.data.clip_seconds=3.0",
+        *(["--config.listening_fraction=0.0"] if stage == "sft" else []),
         *more,
     ]
 
@@ -146,8 +149,12 @@ def test_wrong_values_end_with_one_line_and_a_status(given, message, place, tmp_
         ({"init_from": ""}, r"config.init_from is empty; give the sft stage a model directory"),
         ({"data.root": ""}, r"config.data.root='' is not a folder; make one with python -m data"),
         ({"data.records": "/none.jsonl"}, r"config.data.records='/none.jsonl' does not exist"),
-        ({"batch_size": 6}, r"5 records in split 'train', fewer than a batch of 6"),
+        ({"batch_size": 6}, r"5 chats in split 'train', fewer than a batch of 6"),
         ({"micro_batches": 3}, r"micro_batches=3 does not divide the batch of 2 rows"),
+        ({"total_steps": 0}, r"config.total_steps=0 must be at least 1"),
+        ({"batch_size": -2}, r"config.batch_size=-2 must be at least 1"),
+        ({"checkpoint.every_steps": 0}, r"config.checkpoint.every_steps=0 must be at least 1"),
+        ({"log_every_steps": 0}, r"config.log_every_steps=0 must be at least 1"),
         ({"stage": "rl"}, r"config.stage='rl' must be one of base, sft, grpo"),
         ({"optimizer.schedule": "step"}, r"unknown optimizer.schedule 'step'"),
         ({"data.clip_seconds": 1.0}, r"a clip of 3.00 s does not fit 1.00 s"),
@@ -168,6 +175,8 @@ def test_wrong_fields_are_named(change, message, place, tmp_path):
             {"queries_per_minibatch": 2, "queries_per_step": 3},
             "queries_per_minibatch=2 must divide 3",
         ),
+        ({"queries_per_step": 0}, "config.queries_per_step=0 must be at least 1"),
+        ({"rollouts_per_query": 0}, "config.rollouts_per_query=0 must be at least 1"),
         ({"queries_per_microbatch": 3}, "queries_per_microbatch=3 must divide 1"),
         ({"format": "spoken"}, "config.format='spoken' must be one of conditioned, grounded"),
         ({"reward.name": "7"}, "unknown reward '7'"),
@@ -196,11 +205,6 @@ def test_a_command_may_have_no_config(monkeypatch):
     assert parse(["demo", "--nonsense=1"], ()) == "Unknown command line flag 'nonsense'"
     assert parse(["demo", "extra"], ()) == "unexpected argument 'extra'"
     assert parse(["demo", "--config.x=1"], ()) == "--config.x: the config has no such field"
-
-
-def test_changed_fields():
-    old = {"a": 1, "b": {"c": [1, 2], "d": 3}}
-    assert train.changed_fields(old, {"a": 1, "b": {"c": [1, 2], "d": 4}, "e": 0}) == ["b.d", "e"]
 
 
 # -------------------- runs --------------------

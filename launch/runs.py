@@ -1,0 +1,121 @@
+"""What a workdir says about the run in it: its config, whether it is done, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+SETTINGS_FILE = "run.json"
+DONE_FILE = "done.json"
+
+# Fields that change how a run is kept and shown, not what it learns.
+_INDIFFERENT = ("log_every_steps", "data.cache_bytes")
+_INDIFFERENT_SECTION = "checkpoint."
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    content: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return content
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the fields whose values differ between two configs."""
+    names = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += changed_fields(before, after, f"{prefix}{name}.")
+        elif before != after:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def write_settings(config: ConfigDict, workdir: Path) -> None:
+    """Writes the config of the run."""
+    _write_json(workdir / SETTINGS_FILE, plain(config))
+
+
+def write_done(config: ConfigDict, workdir: Path, step: int) -> None:
+    """Marks the run as finished after `step` steps."""
+    _write_json(
+        workdir / DONE_FILE, {"stage": config.stage, "step": step, "made_from": _made_from(config)}
+    )
+
+
+def is_done(config: ConfigDict, workdir: Path) -> bool:
+    """Whether `workdir` holds this run, finished. A run of fewer steps is not: it is prolonged.
+
+    Raises:
+        ValueError: it is no folder, or holds a run of another stage, or a finished run that another config, another
+            cold start or other scenes made.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file, not a folder; give another --workdir")
+    before = _read_json(workdir / SETTINGS_FILE)
+    if before and before["stage"] != config.stage:
+        raise ValueError(
+            f"{workdir} is the workdir of a {before['stage']} run, not of {config.stage}; give another --workdir"
+        )
+    done = _read_json(workdir / DONE_FILE)
+    if not done or done["step"] < config.total_steps:
+        return False
+    changed = changed_fields(_placed(before), _placed(plain(config)))
+    deciding = [
+        name
+        for name in changed
+        if name not in _INDIFFERENT and not name.startswith(_INDIFFERENT_SECTION)
+    ]
+    if deciding:
+        raise ValueError(
+            f"{workdir} holds a finished run with another {', '.join(deciding)}; give another --workdir, "
+            "or remove it to train anew"
+        )
+    for what, content in _made_from(config).items():
+        if done.get("made_from", {}).get(what, content) != content:
+            raise ValueError(
+                f"{workdir} holds a finished run, but {what} was made anew since; give another --workdir, "
+                "or remove it to train anew"
+            )
+    return True
+
+
+def _made_from(config: ConfigDict) -> dict[str, Any]:
+    """Settings of the run that `init_from` names and of the scenes, {} where unknown: a path may hold new content."""
+    return {
+        "config.init_from": _read_json(Path(config.init_from) / SETTINGS_FILE)
+        if config.init_from
+        else {},
+        "config.data.root": _read_json(Path(config.data.root) / "scenes.json"),
+    }
+
+
+def _placed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with absolute paths, so that the same folder has one name."""
+
+    def place(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+    data = settings["data"]
+    places = {name: place(data[name]) for name in ("root", "records")}
+    return {**settings, "init_from": place(settings["init_from"]), "data": {**data, **places}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a file, {} if there is none."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes a file that is either whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)

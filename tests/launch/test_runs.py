@@ -1,0 +1,77 @@
+"""When a workdir counts as finished: the same stage, config, cold start and scenes, and no fewer steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import sft
+from launch import runs
+
+
+@pytest.fixture
+def config(tmp_path):
+    made = sft.get_config("test")
+    for name in ("base", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "run.json").write_text('{"stage": "base", "seed": 0}')
+    (tmp_path / "data" / "scenes.json").write_text('{"seed": 0}')
+    made.init_from, made.data.root = str(tmp_path / "base"), str(tmp_path / "data")
+    return made
+
+
+@pytest.fixture
+def finished(config, tmp_path) -> Path:
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    runs.write_settings(config, workdir)
+    assert not runs.is_done(config, workdir)
+    runs.write_done(config, workdir, config.total_steps)
+    assert runs.is_done(config, workdir)
+    return workdir
+
+
+def test_changed_fields():
+    old = {"a": 1, "b": {"c": [1, 2], "d": 3}}
+    assert runs.changed_fields(old, {"a": 1, "b": {"c": [1, 2], "d": 4}, "e": 0}) == ["b.d", "e"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"optimizer.learning_rate": 7.0}, {"total_steps": 1}, {"init_from": "x/y"}],
+)
+def test_a_finished_run_of_another_config_is_named(change, config, finished):
+    config.update_from_flattened_dict(change)
+    with pytest.raises(
+        ValueError, match=f"holds a finished run with another {next(iter(change))};"
+    ):
+        runs.is_done(config, finished)
+
+
+def test_more_steps_prolong_a_finished_run(config, finished):
+    config.total_steps += 1
+    assert not runs.is_done(config, finished)
+
+
+def test_what_decides_nothing_may_change(config, finished, tmp_path, monkeypatch):
+    config.log_every_steps, config.checkpoint.every_steps, config.data.cache_bytes = 7, 9, 1
+    monkeypatch.chdir(tmp_path)
+    config.init_from, config.data.root = "base", "./data"
+    assert runs.is_done(config, finished)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("base/run.json", "init_from"), ("data/scenes.json", "data.root")]
+)
+def test_what_a_finished_run_was_made_from_must_be_the_same(
+    path, field, config, finished, tmp_path
+):
+    (tmp_path / path).write_text(json.dumps({"stage": "base", "seed": 1}))
+    with pytest.raises(ValueError, match=f"config.{field} was made anew since; give another"):
+        runs.is_done(config, finished)
+
+
+def test_a_workdir_that_is_a_file_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file, not a folder; give another --workdir"):
+        runs.is_done(config, tmp_path / "file")
