@@ -55,7 +55,7 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
     questions = config.questions = ml_collections.ConfigDict()
     questions.seed = 0
     questions.per_scene = 4
-    questions.kinds = {"span": 2.0, "moment": 1.0}
+    questions.kinds = {"span": 1.0}
     questions.style = "short"
     questions.strategy = "direct"
     questions.num_choices = 4
