@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -235,6 +236,9 @@ def builder(
 def build_records(made: EaqaScenes) -> dict[str, int]:
     """Prepare the dataset unless it is there already; return the number of records per split."""
     tfds.disable_progress_bar()
+    # TFDS writes beside the final name. What a killed build left there may look like a second dataset.
+    for left in Path(made.data_dir).parent.glob("incomplete.*"):
+        shutil.rmtree(left)
     made.download_and_prepare()
     return {name: int(split.num_examples) for name, split in made.info.splits.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +82,48 @@ class EaqaRecord:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> EaqaRecord:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+          RecordError: a field is missing or of the wrong type; the message names it.
+        """
         names = {field.name for field in dataclasses.fields(cls)}
+        where = f"record {row.get('id', '?')!r}"
         if missing := sorted(names - row.keys()):
-            raise RecordError(f"record {row.get('id', '?')!r} lacks the field {missing[0]!r}")
-        values = {name: row[name] for name in names}
-        values["choices"] = tuple(row["choices"])
-        values["events"] = tuple(Event(**event) for event in row["events"])
-        values["evidence"] = tuple((float(a), float(b)) for a, b in row["evidence"])
+            raise RecordError(f"{where} lacks the field {missing[0]!r}")
+        values = {}
+        for name in sorted(names):
+            try:
+                values[name] = _READERS.get(name, _text)(row[name])
+            except (TypeError, ValueError, KeyError) as error:
+                raise RecordError(f"{where}: field {name!r} is wrong: {error}") from None
         return cls(**values)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{value!r} is no list of texts")
+    return tuple(_text(choice) for choice in value)
+
+
+def _event(value: Mapping[str, Any]) -> Event:
+    return Event(float(value["start_s"]), float(value["end_s"]), _text(value["label"]))
+
+
+# Every other field is a text.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "duration_s": float,
+    "choices": _choices,
+    "events": lambda value: tuple(_event(event) for event in value),
+    "evidence": lambda value: tuple((float(start), float(end)) for start, end in value),
+    "difficulty": int,
+}
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:

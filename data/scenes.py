@@ -13,16 +13,16 @@ turns a plan into a waveform. Labels come from the plans, so they never need the
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import multiprocessing
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import scipy.fft
@@ -259,7 +259,8 @@ def _write_chunk(root: Path, config: SceneConfig, plans: list[ScenePlan]) -> int
         path = root / plan.scene.audio_path
         if path.exists():
             continue
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        # What a kill leaves of it is written over: the scene is still missing.
+        part = path.with_name(f".{path.name}.part")
         form = path.suffix[1:].upper()
         soundfile.write(part, render_scene(plan, source), plan.sampling_rate, "PCM_16", format=form)
         part.replace(path)
@@ -300,7 +301,8 @@ def write_scenes(
     stamp = root / "scenes.json"
     if stamp.exists() and json.loads(stamp.read_text()) != config.fingerprint():
         raise ValueError(f"{stamp} was made by another config; give another root or remove {root}")
-    stamp.write_text(json.dumps(config.fingerprint(), indent=1))
+    with _whole(stamp) as file:
+        file.write(json.dumps(config.fingerprint(), indent=1))
     if config.recordings_root:
         _check_recordings(config)
     plans = []
@@ -328,17 +330,26 @@ def write_scenes(
     return {"written": len(missing), "kept": len(plans) - len(missing)}
 
 
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[str]]:
+    """A text file to write, which appears under its name only when it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="") as file:
+        yield file
+    part.replace(path)
+
+
 def _write_labels(config: SceneConfig, root: Path, plans: list[ScenePlan]) -> None:
     for split in config.counts:
         mine = [plan for plan in plans if plan.scene.split == split]
-        with (root / f"audioset_{split}_strong.tsv").open("w", newline="") as file:
+        with _whole(root / f"audioset_{split}_strong.tsv") as file:
             rows = csv.writer(file, delimiter="\t", lineterminator="\n")
             rows.writerow(["segment_id", "start_time_seconds", "end_time_seconds", "label"])
             for plan in mine:
                 for event in plan.scene.events:
                     times = f"{event.start_s:.3f}", f"{event.end_s:.3f}"
                     rows.writerow([plan.scene.id, *times, mid_of(event.label)])
-        with (root / f"recordings_{split}.tsv").open("w", newline="") as file:
+        with _whole(root / f"recordings_{split}.tsv") as file:
             rows = csv.writer(file, delimiter="\t", lineterminator="\n")
             rows.writerow(
                 ["segment_id", "file", "duration_seconds", "sampling_rate", "channels", "origin"]
@@ -346,7 +357,7 @@ def _write_labels(config: SceneConfig, root: Path, plans: list[ScenePlan]) -> No
             for plan in mine:
                 scene, form = plan.scene, (plan.sampling_rate, plan.channels)
                 rows.writerow([scene.id, scene.audio_path, scene.duration_s, *form, scene.source])
-    with (root / "mid_to_display_name.tsv").open("w", newline="") as file:
+    with _whole(root / "mid_to_display_name.tsv") as file:
         rows = csv.writer(file, delimiter="\t", lineterminator="\n")
         rows.writerows([mid_of(name), name] for name in config.class_names)
 

@@ -62,6 +62,30 @@ def test_building_again_keeps_everything(built):
     assert again["records"] == first["records"]
 
 
+def test_a_killed_build_goes_on_to_the_same_files(built, tmp_path):
+    folder, result = built
+    # A file and a record set that were being written.
+    name = read_scenes(folder, "train")[0].audio_path.removeprefix("audio/train/")
+    torn = [tmp_path / "audio" / "train" / f".{name}.part", tmp_path / ".scenes.json.part"]
+    torn.append(
+        tmp_path
+        / Path(result["directory"]).relative_to(folder).parent
+        / "incomplete.X_1.0.0"
+        / "a.json"
+    )
+    for path in torn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+    again = build.build(get_config("test"), tmp_path)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == names
+    for path in sorted(folder.glob("audio/*/*")) + sorted(folder.glob("*.tsv")):
+        assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    for split in again["records"]:
+        one, two = (list(eaqa_builder.load_records(_made(f), split)) for f in (folder, tmp_path))
+        assert one == two
+
+
 def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
     config = get_config("test")
     build.build(config, tmp_path)
