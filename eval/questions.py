@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data import released
-from data.records import EaqaRecord, read_jsonl
+from data.records import EaqaRecord, read_jsonl, read_records
 from eval import scoring
 
 
@@ -76,7 +76,7 @@ def _from_file(data: Path, split: str) -> QuestionSet:
         records, left_out = released.load_released(data, data.parent)
         unusable = tuple({"audio_path": "", "reason": line} for line in left_out)
         return _checked(data.stem, records, data.parent, unusable)
-    rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(data)]
+    rows = read_records(data)
     records = [record for record in rows if split in ("all", record.split)]
     if not records:
         there = ", ".join(sorted({record.split for record in rows})) or "none"
@@ -116,6 +116,8 @@ def _checked(
         seen.add(record.id)
         if not any(scoring.tokens(c) == scoring.tokens(record.answer) for c in record.choices):
             raise ValueError(f"{where}: the answer {record.answer!r} is not among its choices")
+        if len(set(record.choices)) < 2:
+            raise ValueError(f"{where} has one choice only, so every answer would be right")
         audio = root / record.audio_path
         size = audio.stat().st_size if audio.is_file() else -1
         digest.update(json.dumps([record.to_json(), size], sort_keys=True).encode())

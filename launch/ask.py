@@ -207,7 +207,10 @@ def answer(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_directory(directory)
     config, params = huggingface.load_pretrained(directory)
     preset = args.prompt or default_preset(tokenizer.vocab_size, args.format)
-    prompts = encode_prompt(tokenizer, preset, args.question, args.choices, waveform)
+    try:
+        prompts = encode_prompt(tokenizer, preset, args.question, args.choices, waveform)
+    except ValueError as error:
+        raise ValueError(f"{args.audio}: {error}") from None
 
     sampler = Sampler(config, tokenizer, options)
     params = jax.tree.map(jnp.asarray, params)

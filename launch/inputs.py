@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from data import eaqa_builder, pipeline, released
 from data.audio_store import AudioStore
 from data.listening import ListeningConfig
-from data.records import EaqaRecord, Scene, read_jsonl
+from data.records import EaqaRecord, Scene, read_records
 from data.scenes import read_scenes
 from echo_jax.text.tokenizer import Tokenizer
 
@@ -51,8 +51,9 @@ def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
         # `cot` is in every record of ours, empty or not, and in no released row.
         if '"cot"' not in head:
             return released.load_released(source, root)[0]
-        rows = [EaqaRecord.from_json(row) for _, row in read_jsonl(source)]
-        chosen = [record for record in rows if config.data.split in ("all", record.split)]
+        chosen = [
+            record for record in read_records(source) if config.data.split in ("all", record.split)
+        ]
         if not chosen:
             raise ValueError(f"{source} holds no record of split {config.data.split!r}")
         return chosen

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data.records import EaqaRecord, Event, RecordError
+from data.records import EaqaRecord, Event, RecordError, read_records, write_jsonl
 
 RECORD = EaqaRecord(
     id="a",
@@ -56,3 +56,21 @@ def test_a_missing_field_is_named():
     del row["cot"]
     with pytest.raises(RecordError, match="record 'a' lacks the field 'cot'"):
         EaqaRecord.from_json(row)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"id": "\xff"}', "not UTF-8"),
+        (b'{"id": "b"}', "record 'b' lacks the field 'answer'"),
+    ],
+)
+def test_a_broken_line_is_named(line, message, tmp_path):
+    path = tmp_path / "records.jsonl"
+    write_jsonl(path, [RECORD.to_json()])
+    assert read_records(path) == [RECORD]
+    path.write_bytes(path.read_bytes() + b"\n" + line)
+    with pytest.raises(RecordError, match=rf"records\.jsonl:3: {message}"):
+        read_records(path)

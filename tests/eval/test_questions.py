@@ -48,6 +48,7 @@ def test_a_limit_takes_a_part_of_a_larger_one(data):
     [
         ([make_record(1), make_record(1)], "'q1' occurs twice"),
         ([make_record(1, answer="a cat")], "the answer 'a cat' is not among its choices"),
+        ([make_record(1, choices=("x", "x"), answer="x")], "'q1' has one choice only"),
     ],
 )
 def test_questions_that_cannot_be_scored(tmp_path, records, message):

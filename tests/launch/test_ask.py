@@ -106,7 +106,7 @@ def test_mistakes_are_one_line_each(
     cases = {
         "no.wav": arguments(checkpoint, tmp_path / "no.wav"),
         "broken.wav": arguments(checkpoint, broken),
-        "200 samples": arguments(checkpoint, short),
+        "short.wav: a clip of 200 samples": arguments(checkpoint, short),
         str(empty): arguments(empty, recording),
         "nowhere": arguments(tmp_path / "nowhere", recording),
         "temperature": arguments(checkpoint, recording, "--temperature", "-1"),
