@@ -46,7 +46,7 @@ def _tiny(config: ConfigDict) -> None:
     config.listening_fraction = 0.3
     config.listening.weights = {"naming": 1.0}
     config.listening.inline_fraction = 1.0
-    config.total_steps = 300
+    config.total_steps = 450
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_fraction = 0.05
