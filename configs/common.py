@@ -85,7 +85,7 @@ def listening() -> ConfigDict:
     """Chats of the base stage, see `data.listening.ListeningConfig`, and the token buffers of their two shapes."""
     config = ConfigDict()
     config.style = "short"
-    config.weights = {"naming": 2.0, "caption": 1.0, "presence": 1.0}
+    config.weights = {"naming": 2.0, "choice": 2.0, "caption": 0.5, "presence": 0.5}
     config.naming_turns = 4
     config.inline_fraction = 0.5
     config.jitter_s = 0.2

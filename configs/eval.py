@@ -65,7 +65,6 @@ def _tiny(config: ConfigDict) -> None:
 
 def _small(config: ConfigDict) -> None:
     _tiny(config)
-    config.max_response_tokens = 384
     config.clip_seconds = (20.0, 30.0)
 
 

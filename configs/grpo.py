@@ -88,8 +88,6 @@ def _tiny(config: ConfigDict) -> None:
 def _small(config: ConfigDict) -> None:
     _tiny(config)
     config.data.clip_seconds = 30.0
-    config.total_steps = 200
-    config.sampling.segment_seconds = (2.0, 5.0)
 
 
 def _test(config: ConfigDict) -> None:

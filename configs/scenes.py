@@ -66,23 +66,12 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
 
 
 def _small(config: ml_collections.ConfigDict) -> None:
-    scenes, questions = config.scenes, config.questions
-    scenes.counts = {"train": 5000, "validation": 200, "test": 600}
+    scenes = config.scenes
     scenes.classes = ()  # the whole library
     scenes.duration_s = (10.0, 30.0)
-    scenes.event_s = (0.5, 1.5)
-    scenes.num_events = (4, 5)
+    scenes.event_s = (0.5, 1.2)
+    scenes.num_events = (5, 7)
     scenes.repeat_probability = 0.15
-    scenes.overlap_probability = 0.25
-    questions.kinds = {
-        "order": 1.0,
-        "before": 1.0,
-        "after": 1.0,
-        "count": 0.5,
-        "gap": 0.5,
-        "duration": 0.5,
-        "overlap": 0.5,
-    }
 
 
 def _test(config: ml_collections.ConfigDict) -> None:

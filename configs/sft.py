@@ -44,7 +44,7 @@ def _tiny(config: ConfigDict) -> None:
     config.data.clip_seconds = 6.0
     config.batch_size = 16
     config.listening_fraction = 0.3
-    config.listening.weights = {"naming": 1.0}
+    config.listening.weights = {"naming": 1.0, "choice": 1.0}
     config.listening.inline_fraction = 1.0
     config.total_steps = 450
     config.optimizer.learning_rate = 1e-3
@@ -56,7 +56,8 @@ def _tiny(config: ConfigDict) -> None:
 def _small(config: ConfigDict) -> None:
     _tiny(config)
     config.data.clip_seconds = 30.0
-    config.total_steps = 2000
+    config.naming_tokens = 320
+    config.batch_size = 8
 
 
 def _test(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""Chats of the base stage: name the sound of a short clip, caption a scene, say whether a sound is present.
+"""Chats of the base stage: name the sound of a short clip, choose its name, caption a scene, say if a sound is present.
 
 They hold no times and no reasoning. A naming chat has several turns, each with its own clip, cropped around one
 event of one scene with some jitter, because that is what a re-inserted clip will look like to the model.
@@ -16,8 +16,9 @@ from data import wordings
 from data.records import Scene
 
 Role = Literal["user", "assistant"]
-TASKS = ("naming", "caption", "presence")
+TASKS = ("naming", "choice", "caption", "presence")
 MIN_HEARD_S = 0.3
+NUM_CHOICES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +28,17 @@ class ListeningConfig:
     Attributes:
       style: "full" or "short" wordings.
       weights: task -> share of the chats.
-      naming_turns: most clips in a naming chat.
-      inline_fraction: share of the naming chats that put the clips into the assistant's text, where it goes on behind
-        each: the audio-text documents that a large model has seen in its pretraining.
+      naming_turns: most clips in a naming chat. A choice takes about twice the text, so those chats have half as many.
+      inline_fraction: share of the naming and choice chats that put the clips into the assistant's text, where it goes
+        on behind each: the audio-text documents that a large model has seen in its pretraining.
       jitter_s: largest shift of each border of a clip, in steps of 0.1 s.
-      max_clip_s: longest clip of a naming chat.
+      max_clip_s: longest clip of a naming or choice chat.
       caption_order: "alphabetical" or "random"; never the order in time.
     """
 
     style: str = "full"
     weights: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"naming": 2.0, "caption": 1.0, "presence": 1.0}
+        default_factory=lambda: {"naming": 1.0, "choice": 1.0, "caption": 1.0, "presence": 1.0}
     )
     naming_turns: int = 4
     inline_fraction: float = 0.0
@@ -119,8 +120,8 @@ def crop_around(
     return Clip(scene.audio_path, begin / 10, finish / 10)
 
 
-def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig) -> Chat:
-    """Clips of single events in random order, each named: in a user turn of its own, or inside the assistant's text."""
+def _events_alone(scene: Scene, rng: np.random.Generator, most: int) -> list[int]:
+    """Indices of up to `most` events that overlap with no other, in random order."""
     alone = [
         i
         for i, event in enumerate(scene.events)
@@ -129,13 +130,26 @@ def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig)
             for j, other in enumerate(scene.events)
         )
     ]
-    chosen = [int(i) for i in rng.permutation(alone)[: config.naming_turns]]
+    return [int(i) for i in rng.permutation(alone)[:most]]
+
+
+def _inline(
+    scene: Scene, index: int, rng: np.random.Generator, config: ListeningConfig
+) -> list[str | Clip]:
+    """A lead, the clip of event `index`, and its name: assistant's text that runs on behind a clip."""
+    tail = _pick(rng, wordings.INLINE_TAILS[config.style]).format(y=scene.events[index].label)
+    lead = _pick(rng, wordings.INLINE_LEADS[config.style])
+    return [lead, crop_around(scene, index, rng, config), tail]
+
+
+def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig) -> Chat:
+    """Clips of single events in random order, each named: in a user turn of its own, or inside the assistant's text."""
+    chosen = _events_alone(scene, rng, config.naming_turns)
     if rng.random() < config.inline_fraction:
         parts: list[str | Clip] = []
         for i in chosen:
-            tail = _pick(rng, wordings.INLINE_TAILS[config.style]).format(y=scene.events[i].label)
-            lead = _pick(rng, wordings.INLINE_LEADS[config.style])
-            parts += [f" {lead}" if parts else lead, crop_around(scene, i, rng, config), tail]
+            lead, *rest = _inline(scene, i, rng, config)
+            parts += [f" {lead}" if parts else lead, *rest]
         prompt = _pick(rng, wordings.INLINE_PROMPTS[config.style])
         inline = (Turn("user", (prompt,)), Turn("assistant", tuple(parts)))
         return Chat(f"{scene.id}_inline", inline)
@@ -146,6 +160,35 @@ def naming_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig)
         turns.append(Turn("user", (crop_around(scene, i, rng, config), prompt)))
         turns.append(Turn("assistant", (answer.format(y=scene.events[i].label),)))
     return Chat(f"{scene.id}_naming", tuple(turns))
+
+
+def _choices(answer: str, others: set[str], rng: np.random.Generator) -> str:
+    """The answer and three others in random order, as a prompt lists them."""
+    wrong = [str(name) for name in rng.permutation(sorted(others))[: NUM_CHOICES - 1]]
+    return ", ".join(str(name) for name in rng.permutation([answer, *wrong]))
+
+
+def choice_chat(
+    scene: Scene, rng: np.random.Generator, config: ListeningConfig, vocabulary: Sequence[str]
+) -> Chat:
+    """Clips of single events in random order, each with names to choose from; the answer stands in its tags.
+
+    The clip is in the user's turn, or inside the assistant's text ahead of the answer.
+    """
+    turns: list[Turn] = []
+    is_inline = bool(rng.random() < config.inline_fraction)
+    for i in _events_alone(scene, rng, max(1, config.naming_turns // 2)):
+        label = scene.events[i].label
+        prompt = _pick(rng, wordings.CHOICE_PROMPTS[config.style])
+        prompt = prompt.format(choices=_choices(label, set(vocabulary) - {label}, rng))
+        answer = wordings.CHOICE_ANSWER.format(y=label)
+        if is_inline:
+            turns.append(Turn("user", (prompt,)))
+            turns.append(Turn("assistant", (*_inline(scene, i, rng, config), answer)))
+        else:
+            turns.append(Turn("user", (crop_around(scene, i, rng, config), prompt)))
+            turns.append(Turn("assistant", (answer,)))
+    return Chat(f"{scene.id}_choice", tuple(turns))
 
 
 def caption_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig) -> Chat:
@@ -162,13 +205,19 @@ def caption_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig
 def presence_chat(
     scene: Scene, rng: np.random.Generator, config: ListeningConfig, vocabulary: Sequence[str]
 ) -> Chat:
-    """Whether one sound occurs in the scene; yes and no are equally likely."""
+    """Whether one sound occurs in the scene (yes and no are equally likely), or, every other time, which of four does."""
     present = sorted({event.label for event in scene.events})
     absent = sorted(set(vocabulary) - set(present))
-    there = bool(rng.random() < 0.5) or not absent
-    label = _pick(rng, present if there else absent)
-    prompt = _pick(rng, wordings.PRESENCE_PROMPTS[config.style]).format(x=label)
-    answer = _pick(rng, wordings.PRESENCE_ANSWERS[there]).format(x=label)
+    if rng.random() < 0.5 and len(absent) >= NUM_CHOICES - 1:
+        label = _pick(rng, present)
+        prompt = _pick(rng, wordings.SCENE_CHOICE_PROMPTS[config.style])
+        prompt = prompt.format(choices=_choices(label, set(absent), rng))
+        answer = wordings.CHOICE_ANSWER.format(y=label)
+    else:
+        there = bool(rng.random() < 0.5) or not absent
+        label = _pick(rng, present if there else absent)
+        prompt = _pick(rng, wordings.PRESENCE_PROMPTS[config.style]).format(x=label)
+        answer = _pick(rng, wordings.PRESENCE_ANSWERS[there]).format(x=label)
     turns = (Turn("user", (Clip(scene.audio_path), prompt)), Turn("assistant", (answer,)))
     return Chat(f"{scene.id}_presence", turns)
 
@@ -186,6 +235,13 @@ def all_texts(vocabulary: Sequence[str], config: ListeningConfig) -> Iterator[tu
             yield from (("assistant", lead), ("assistant", f" {lead}"))
             for tail in wordings.INLINE_TAILS[config.style]:
                 yield "assistant", f"{tail.format(y=label)} {lead}"
+        for prompts in (wordings.CHOICE_PROMPTS, wordings.SCENE_CHOICE_PROMPTS):
+            for prompt in prompts[config.style]:
+                yield "user", prompt.format(choices=f"{label}, {label}")
+        answer = wordings.CHOICE_ANSWER.format(y=label)
+        yield "assistant", answer
+        for tail in wordings.INLINE_TAILS[config.style]:
+            yield "assistant", tail.format(y=label) + answer
         for prompt in wordings.CAPTION_PROMPTS[config.style]:
             yield "user", prompt
         for answer in wordings.CAPTION_ANSWERS[config.style]:

@@ -359,17 +359,22 @@ def base_dataset(
     scene_tokens: int,
     seed: int = 0,
 ) -> grain.IterDataset:
-    """Endless chat batches, each of one of two shapes: naming, or scenes (caption and presence).
+    """Endless chat batches, each of one of two shapes: clips (naming and choice), or scenes (caption and presence).
 
-    Naming batches have L = naming_tokens, S = config.max_clip_s and config.naming_turns slots a row; scene batches
+    Clip batches have L = naming_tokens, S = config.max_clip_s and config.naming_turns slots a row; scene batches
     have L = scene_tokens, S = scene_seconds and one slot a row. Two shapes, because short clips in slots of a
     scene's length would be mostly padding. The mixture follows config.weights.
     """
     weights = {task: config.weights.get(task, 0.0) for task in listening.TASKS}
+    on_clips = weights["naming"] + weights["choice"]
     on_scenes = weights["caption"] + weights["presence"]
 
-    def naming(scene: Scene, rng: np.random.Generator) -> _Example:
-        return _chat_example(listening.naming_chat(scene, rng, config), store, tokenizer)
+    def clips(scene: Scene, rng: np.random.Generator) -> _Example:
+        if rng.random() * on_clips < weights["naming"]:
+            chat = listening.naming_chat(scene, rng, config)
+        else:
+            chat = listening.choice_chat(scene, rng, config, vocabulary)
+        return _chat_example(chat, store, tokenizer)
 
     def whole(scene: Scene, rng: np.random.Generator) -> _Example:
         if rng.random() * on_scenes < weights["caption"]:
@@ -396,9 +401,9 @@ def base_dataset(
         )
 
     parts, shares = [], []
-    if weights["naming"] > 0:
-        parts.append(batches(naming, 0, naming_tokens, config.max_clip_s, config.naming_turns))
-        shares.append(weights["naming"])
+    if on_clips > 0:
+        parts.append(batches(clips, 0, naming_tokens, config.max_clip_s, config.naming_turns))
+        shares.append(on_clips)
     if on_scenes > 0:
         parts.append(batches(whole, 1, scene_tokens, scene_seconds, 1))
         shares.append(on_scenes)

@@ -343,6 +343,23 @@ INLINE_TAILS: dict[str, tuple[str, ...]] = {
     "full": (", which is the {y}.", ", that is the {y}.", " holds the {y}."),
     "short": (", that is the {y}.", " is the {y}.", ", the {y}."),
 }
+CHOICE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": (
+        "Which of these sounds is it: {choices}?",
+        "Choose what you hear from: {choices}.",
+        "One of these can be heard: {choices}. Which one?",
+    ),
+    "short": ("Which one? {choices}.", "Choose: {choices}.", "Which sound? {choices}."),
+}
+SCENE_CHOICE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "full": (
+        "Which of these sounds can be heard in this recording: {choices}?",
+        "One of these occurs in the recording: {choices}. Which one?",
+    ),
+    "short": ("Which one is heard? {choices}.", "Which sound is there? {choices}."),
+}
+# As the question prompts ask for it (echo_jax.text.prompts), without any reasoning.
+CHOICE_ANSWER = "<answer>{y}</answer>"
 CAPTION_PROMPTS: dict[str, tuple[str, ...]] = {
     "full": (
         "Which sounds occur in this recording?",
