@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from data import eaqa_builder, scenes
-from data.command_line import parse
+from data.command_line import define_config, run
 from data.questions import QuestionConfig
 
 PROGRAM = "data.build"
@@ -49,30 +48,37 @@ def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     return {"scenes": written, "records": counts, "skipped": lines, "directory": made.data_dir}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
-    # Here and not at import: a process that only uses `build` may have a --config of its own.
-    config = config_flags.DEFINE_config_file(
-        "config", None, "What to make, e.g. configs/scenes.py:tiny"
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    define_config(values, "What to make, e.g. configs/scenes.py:tiny")
+    flags.DEFINE_string(
+        "root", None, "Folder to write to; run again, it goes on.", flag_values=values
     )
-    folder = flags.DEFINE_string("root", None, "Folder to write to; run again, it goes on.")
-    problem = parse(argv, required=("config", "root"))
-    if problem:
-        print(f"{PROGRAM}: {problem}", file=sys.stderr)
-        return 2
+
+
+def make(values: flags.FlagValues) -> None:
+    """Builds and says what was made."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    root = Path(str(folder.value))
-    try:
-        result = build(config.value, root)
-    except (ValueError, OSError, eaqa_builder.TooManySkipped) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    root = Path(values.root)
+    result = build(values.config, root)
     print(f"scenes: {result['scenes']['written']} written, {result['scenes']['kept']} kept")
     print("records: " + ", ".join(f"{split} {n}" for split, n in result["records"].items()))
     print(f"skipped audio files: {result['skipped']} (named in {root / 'skipped.jsonl'})")
     print(f"stored in {result['directory']}")
-    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    return run(
+        argv,
+        program=PROGRAM,
+        description=__doc__,
+        define=define,
+        main=make,
+        required=("config", "root"),
+        expected=(eaqa_builder.TooManySkipped,),
+    )
 
 
 if __name__ == "__main__":

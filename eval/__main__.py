@@ -11,11 +11,14 @@ and `report.html`.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from eval import ablation, cli, questions, report
+from data.audio_store import TooManyBadFiles
+from data.command_line import run
+from eval import ablation, questions, report, shared_flags
 from eval.controls import CONTROLS, FORMATS
 from eval.runner import Model, Runner, Settings
 
@@ -24,6 +27,7 @@ PROGRAM = "python -m eval"
 
 def define(values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
+    shared_flags.define(values)
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -42,17 +46,17 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def main(values: flags.FlagValues) -> None:
+def ask(values: flags.FlagValues) -> None:
     """Asks, scores and reports."""
-    config = cli.value(values, "config")
+    config = values.config
     for name in ("format", "control", "limit"):
-        if cli.value(values, name) is not None:
-            config[name] = cli.value(values, name)
+        if values[name].value is not None:
+            config[name] = values[name].value
     settings = Settings.from_config(config)
-    checkpoint, output = cli.required(values, "checkpoint"), Path(cli.required(values, "output"))
+    checkpoint, output = values.checkpoint, Path(values.output)
     # What is quick to check comes first: a wrong flag must not wait for a model to load.
-    shown_curves = cli.read_curves(values)
-    asked = questions.load(Path(cli.required(values, "data")), config.split).limited(config.limit)
+    shown_curves = shared_flags.read_curves(values)
+    asked = questions.load(Path(values.data), config.split).limited(config.limit)
     runner = Runner(asked)
     outcome = runner.run(Model.load(checkpoint), settings, output)
     row = report.Row("1", checkpoint, settings.format, settings.control, outcome.results)
@@ -74,5 +78,19 @@ def main(values: flags.FlagValues) -> None:
     print(f"report: {page}")
 
 
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    return run(
+        argv,
+        program=PROGRAM,
+        description=__doc__,
+        define=define,
+        main=ask,
+        required=("checkpoint", "data", "output"),
+        default_config=shared_flags.DEFAULT_CONFIG,
+        expected=(KeyError, TooManyBadFiles),
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(PROGRAM, __doc__, define, main, sys.argv))
+    sys.exit(main(sys.argv))

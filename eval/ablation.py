@@ -18,7 +18,9 @@ from typing import Any
 
 from absl import flags
 
-from eval import cli, controls, curves, questions, report, results
+from data import command_line
+from data.audio_store import TooManyBadFiles
+from eval import controls, curves, questions, report, results, shared_flags
 from eval.runner import Model, Outcome, Runner, Settings
 
 PROGRAM = "python -m eval.ablation"
@@ -182,6 +184,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def define(values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
+    shared_flags.define(values)
     flags.DEFINE_multi_string(
         "row", [], "LETTER,NAME,CHECKPOINT,FORMAT[,CONTROL]; repeatable.", flag_values=values
     )
@@ -190,17 +193,31 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def main(values: flags.FlagValues) -> None:
+def compare(values: flags.FlagValues) -> None:
     """Runs every row and prints the table."""
-    config = cli.value(values, "config")
-    if cli.value(values, "limit") is not None:
-        config["limit"] = cli.value(values, "limit")
-    rows = [AblationRow.parse(text) for text in cli.value(values, "row")]
-    data, output = Path(cli.required(values, "data")), Path(cli.required(values, "output"))
-    made = run(rows, config, data, output, cli.value(values, "main"), cli.read_curves(values))
+    config = values.config
+    if values.limit is not None:
+        config["limit"] = values.limit
+    rows = [AblationRow.parse(text) for text in values.row]
+    shown_curves = shared_flags.read_curves(values)
+    made = run(rows, config, Path(values.data), Path(values.output), values.main, shown_curves)
     print(made.table)
     print(f"report: {made.report}")
 
 
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    return command_line.run(
+        argv,
+        program=PROGRAM,
+        description=__doc__,
+        define=define,
+        main=compare,
+        required=("data", "output"),
+        default_config=shared_flags.DEFAULT_CONFIG,
+        expected=(KeyError, TooManyBadFiles),
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(PROGRAM, __doc__, define, main, sys.argv))
+    sys.exit(main(sys.argv))

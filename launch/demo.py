@@ -19,14 +19,10 @@ from pathlib import Path
 from absl import flags
 
 from configs import eval as eval_config
-from data.command_line import parse
+from data.command_line import run
 from eval import ablation, curves
 
 PROGRAM = "launch.demo"
-
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything the demo makes is kept.")
-VARIANT = flags.DEFINE_string("variant", "tiny", "Variant of the configs: tiny or small.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of data, initial weights, sampling and questions.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,21 +116,38 @@ def run_demo(workdir: Path, variant: str, seed: int) -> ablation.Ablation:
     return ablation.run(rows, config.to_dict(), data, workdir / "eval", "D", shown)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status."""
-    problem = parse(argv, required=())
-    if problem:
-        print(f"{PROGRAM}: {problem}", file=sys.stderr)
-        return 2
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_string(
+        "workdir", "runs/demo", "Where everything the demo makes is kept.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "variant", "tiny", "Variant of the configs: tiny or small.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Seed of data, initial weights, sampling and questions.", flag_values=values
+    )
+
+
+def show(values: flags.FlagValues) -> None:
+    """Runs the demo and prints its table."""
     started = time.monotonic()
-    try:
-        made = run_demo(Path(WORKDIR.value), VARIANT.value, SEED.value)
-    except (StageError, OSError, ValueError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    made = run_demo(Path(values.workdir), values.variant, values.seed)
     print(f"\n{made.table}\n\nreport: {made.report}")
     print(f"took {(time.monotonic() - started) / 60:.1f} min")
-    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
+    return run(
+        argv,
+        program=PROGRAM,
+        description=__doc__,
+        define=define,
+        main=show,
+        required=("workdir", "variant"),
+        expected=(StageError,),
+    )
 
 
 if __name__ == "__main__":

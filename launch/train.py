@@ -27,10 +27,10 @@ import jax
 import numpy as np
 import optax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from data.audio_store import TooManyBadFiles
-from data.command_line import parse
+from data.command_line import define_config, run
 from data.pipeline import TooLong
 from echo_jax import arrays, huggingface
 from echo_jax.model import thinker
@@ -477,36 +477,26 @@ def loop(
 # Command line
 # ------------------------------------------------------------------------------------------------
 
-# What a wrong path, value or data set raises; everything else is a fault of ours and keeps its trace.
-_EXPECTED = (
-    OSError,
-    ValueError,
-    KeyError,
-    CheckpointError,
-    NonFiniteError,
-    TooLong,
-    TooManyBadFiles,
-)
+
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    define_config(values, "The stage: configs/sft.py:tiny.")
+    flags.DEFINE_string(
+        "workdir", None, "Where the run lives; run again, it goes on.", flag_values=values
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
-    # Here and not at import: a process that only uses this module's functions may have a --config of its own.
-    config = config_flags.DEFINE_config_file("config", None, "The stage: configs/sft.py:tiny.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the run lives; run again, it goes on.")
-    traceback = flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
-    problem = parse(argv, required=("config", "workdir"))
-    if problem:
-        print(f"{PROGRAM}: {problem}", file=sys.stderr)
-        return 2
-    try:
-        train(config.value, Path(str(workdir.value)))
-    except _EXPECTED as error:
-        if traceback.value:
-            raise
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run(
+        argv,
+        program=PROGRAM,
+        description=__doc__,
+        define=define,
+        main=lambda values: train(values.config, Path(values.workdir)),
+        required=("config", "workdir"),
+        expected=(KeyError, CheckpointError, NonFiniteError, TooLong, TooManyBadFiles),
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from configs import eval as eval_config
 from echo_jax import huggingface
 from echo_jax.text.tokenizer import Tokenizer
 from eval import __main__ as eval_main
-from eval import ablation, cli
+from eval import ablation
 from tests.eval.examples import make_record
 from tests.scripted import scripted_model, single_tokens
 
@@ -45,14 +45,7 @@ def rain(data):
 
 
 def command(*arguments):
-    argv = ["eval", *map(str, arguments)]
-    return cli.run("python -m eval", "", eval_main.define, eval_main.main, argv)
-
-
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch):
-    """Commands write `sys.argv`."""
-    monkeypatch.setattr(sys, "argv", ["eval"])
+    return eval_main.main(["eval", *map(str, arguments)])
 
 
 def test_a_checkpoint_is_asked_and_reported(checkpoint, rain, tmp_path, capsys):
@@ -133,8 +126,8 @@ def test_two_rows_of_one_letter(rain, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--checkpoint is required"),
-        (["--config.temprature=1"], "the config has no field 'temprature'. Did you mean"),
+        ([], "--checkpoint is missing"),
+        (["--config.temprature=1"], "has no such field; did you mean --config.temperature?"),
         (["--config=configs/eval.py:tiy"], "no variant 'tiy'; did you mean tiny?"),
         (["--config=configs/evil.py"], "--config: there is no file 'configs/evil.py'"),
         (["--checkpoint=c", "--output={output}", "--data=nowhere"], "nowhere: no such folder"),

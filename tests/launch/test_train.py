@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from absl import flags
 
 from configs import grpo as grpo_config
 from configs import sft as sft_config
-from data.command_line import parse
 from data.records import EaqaRecord
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
@@ -26,7 +24,6 @@ from launch import train
 from tests.citing import citing_model, citing_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED = ("config", "workdir")
 
 
 def record(number: int) -> EaqaRecord:
@@ -117,12 +114,13 @@ def start(*given: str) -> subprocess.Popen[str]:
         ),
     ],
 )
-def test_command_line_errors_are_one_line(given, message, monkeypatch):
+def test_command_line_errors_are_one_line(given, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    problem = parse(["train", *given], REQUIRED)
-    assert problem is not None
-    assert message in problem
-    assert "\n" not in problem
+    assert train.main(["train", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("launch.train: ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -197,14 +195,6 @@ def test_not_finite_is_named():
     with pytest.raises(train.NonFiniteError, match=r"step 7: grad_norm is nan; .* batch: a, b"):
         train.check_finite({"loss": 1.0, "grad_norm": float("nan")}, 7, ["a", "b"])
     train.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
-
-
-def test_a_command_may_have_no_config(monkeypatch):
-    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-    assert parse(["demo"], ()) is None
-    assert parse(["demo", "--nonsense=1"], ()) == "Unknown command line flag 'nonsense'"
-    assert parse(["demo", "extra"], ()) == "unexpected argument 'extra'"
-    assert parse(["demo", "--config.x=1"], ()) == "--config.x: the config has no such field"
 
 
 # -------------------- runs --------------------
