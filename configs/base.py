@@ -44,7 +44,7 @@ def _tiny(config: ConfigDict) -> None:
     config.batch_size = 16
     config.naming_tokens = 288
     config.scene_tokens = 208
-    config.total_steps = 300
+    config.total_steps = 450
     config.optimizer.learning_rate = 2e-3
 
 

@@ -71,14 +71,13 @@ def get_config(arg: str = "tiny") -> ConfigDict:
 def _tiny(config: ConfigDict) -> None:
     config.prompt = "tiny"
     config.data.clip_seconds = 6.0
-    config.total_steps = 40
+    config.total_steps = 30
     config.queries_per_step = 8
     config.queries_per_minibatch = 8
     config.queries_per_microbatch = 8
     config.sampling.max_response_tokens = 128
-    # One compiled shape: compiling another takes as long as several steps.
-    config.replay.token_multiple = 1024
-    config.replay.target_multiple = 128
+    # One compiled shape for nearly every step: compiling another takes as long as several steps.
+    config.replay.token_multiple = 96
     config.sampling.insertion_slots = 32
     config.sampling.segment_seconds = (2.0,)
     config.optimizer.learning_rate = 3e-4

@@ -205,7 +205,7 @@ def caption_chat(scene: Scene, rng: np.random.Generator, config: ListeningConfig
 def presence_chat(
     scene: Scene, rng: np.random.Generator, config: ListeningConfig, vocabulary: Sequence[str]
 ) -> Chat:
-    """Whether one sound occurs in the scene (yes and no are equally likely), or, every other time, which of four does."""
+    """Whether one sound is in the scene (yes and no are equally likely) or, every other time, which of four is."""
     present = sorted({event.label for event in scene.events})
     absent = sorted(set(vocabulary) - set(present))
     if rng.random() < 0.5 and len(absent) >= NUM_CHOICES - 1:

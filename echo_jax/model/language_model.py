@@ -219,6 +219,72 @@ def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = 
     return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
 
 
+def forward_continuations(
+    config: TextConfig,
+    params: Params,
+    x_qpe: jax.Array,
+    length_q: jax.Array,
+    x_bte: jax.Array,
+    remat: bool = False,
+) -> jax.Array:
+    """Runs several continuations of each prefix without a cache (training); the prefix itself is run once.
+
+    Equal to `forward` of the B whole rows, whose first length_q[q] entries are the prefix of their query.
+
+    Args:
+      config: sizes.
+      params: the language model's arrays.
+      x_qpe: [Q, P, hidden_size] embeddings of the prefixes, right padded.
+      length_q: i32[Q], entries of each prefix that the continuations see.
+      x_bte: [B, T, hidden_size] embeddings of the continuations, B a multiple of Q, those of a prefix together, right
+        padded.
+      remat: recompute layer activations in the backward pass instead of keeping them.
+
+    Returns:
+      [B, T, hidden_size] final hidden states of the continuations, normalized.
+    """
+    (num_prefixes, prefix), (batch, length) = x_qpe.shape[:2], x_bte.shape[:2]
+    each = batch // num_prefixes
+    start_b = jnp.repeat(length_q, each)
+    before = jnp.broadcast_to(jnp.arange(prefix), (num_prefixes, prefix))
+    angles_prefix = rotary(before, config.head_dim, config.rope_theta)
+    angles = rotary(start_b[:, None] + jnp.arange(length), config.head_dim, config.rope_theta)
+    causal_prefix = jnp.tril(jnp.ones((1, prefix, prefix), bool))
+    seen = jnp.broadcast_to(
+        (jnp.arange(prefix) < start_b[:, None])[:, None], (batch, length, prefix)
+    )
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    mask = jnp.concatenate([seen, causal], axis=-1)
+
+    def layer(
+        carry: tuple[jax.Array, jax.Array], p: Params
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        shared: list[jax.Array] = []
+
+        def attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            shared.extend((k, v))
+            return attention(q, k, v, causal_prefix)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            keys, values = (
+                jnp.concatenate([jnp.repeat(old, each, axis=0), new], axis=1)
+                for old, new in zip(shared, (k, v), strict=True)
+            )
+            return attention(q, keys, values, mask)
+
+        x_prefix, x = carry
+        x_prefix = _decoder_layer(config, p, x_prefix, *angles_prefix, attend_prefix)
+        return (x_prefix, _decoder_layer(config, p, x, *angles, attend)), None
+
+    (_, x), _ = jax.lax.scan(
+        jax.checkpoint(layer) if remat else layer,
+        (x_qpe, x_bte),
+        params["layers"],
+        unroll=config.num_layers <= _UNROLLED_LAYERS,
+    )
+    return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
+
+
 def extend(
     config: TextConfig,
     params: Params,

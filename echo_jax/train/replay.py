@@ -1,8 +1,8 @@
 """Replays rollouts in the trainer: the same ids, the same clips, the same positions, nothing tokenized again.
 
-A rollout's rows are whole sequences, so one forward pass gives the log-probability of every sampled token. The clips
-are cut from the recording once more, by the sample ranges that the sampler returned. A recording is encoded once for
-all rows of its group.
+One forward pass gives the log-probability of every sampled token. The clips are cut from the recording once more, by
+the sample ranges that the sampler returned. A prompt, most of whose length is audio, is run once for all answers of its
+group: with 8 answers of 60 tokens to a prompt of 200, a third of the positions of whole rows is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.arrays import Params
-from echo_jax.model import frontend, language_model, thinker
+from echo_jax.model import language_model, thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import loop
 from echo_jax.sampler.state import Prompts, Rollout
@@ -37,7 +37,7 @@ class ReplayOptions:
         buffers: lengths of the segment buffers in samples, ascending; the last holds any segment.
         least_slots: clips that each buffer of a micro-batch has room for at least; () = one a row for the first buffer,
             one for eight rows for the others.
-        token_multiple: L is rounded up to it.
+        token_multiple: T is rounded up to it.
         target_multiple: K is rounded up to it.
         temperature: of the rollout.
         remat: recompute activations in the backward pass.
@@ -68,7 +68,7 @@ class SegmentSlots:
         row: i32[C], the row that heard the clip.
         begin: i32[C], its first sample in the recording.
         num_samples: i32[C].
-        start: i32[C], index in the row of the clip's first <|AUDIO|>.
+        start: i32[C], index in the answer's row of the clip's first <|AUDIO|>.
     """
 
     row: Any
@@ -79,11 +79,12 @@ class SegmentSlots:
 
 @flax.struct.dataclass
 class ReplayBatch:
-    """Rows to learn from. In a stack of micro-batches every field has a leading axis more.
+    """Answers to learn from. In a stack of micro-batches every field has a leading axis more.
 
     Attributes:
-        prompts: Q recordings and where they start; `tokens` and `length` are those of the prompts.
-        tokens: i32[B, L], B = Q x group whole rows, those of a prompt together.
+        prompts: Q prompts and their recordings.
+        tokens: i32[B, T], B = Q x group answers, those of a prompt together. A row starts with its prompt's last token,
+            which predicts the answer's first.
         positions: i32[B, K], indices of the sampled tokens, 0 where there are fewer.
         stop_rest: i32[B, K], the stop event at each of them, -1 for none.
         old_logprob: f32[B, K], from the sampler.
@@ -110,9 +111,12 @@ def _slots(needed: int, least: int) -> int:
 
 
 def _segment_slots(
-    rollout: Rollout, rows: Sequence[np.ndarray], options: ReplayOptions
+    rollout: Rollout, rows: Sequence[np.ndarray], begin_b: np.ndarray, options: ReplayOptions
 ) -> tuple[SegmentSlots, ...]:
-    """The clips of each micro-batch (an array of row numbers), stacked, one entry a buffer length."""
+    """The clips of each micro-batch (an array of row numbers), stacked, one entry a buffer length.
+
+    begin_b[row] is the index in the rollout's row at which the answer's row begins.
+    """
     num_rows = len(rows[0])
     least = options.least_slots or (num_rows, *[max(num_rows // 8, 1)] * (len(options.buffers) - 1))
     # [micro-batch][buffer] -> list of (row, begin, num_samples, start)
@@ -123,7 +127,7 @@ def _segment_slots(
             for i in range(int(rollout.num_segments[row])):
                 begin, end = (int(x) for x in rollout.segment_samples[row, i])
                 buffer = int(np.searchsorted(options.buffers, end - begin))
-                start = int(rollout.segment_token_start[row, i])
+                start = int(rollout.segment_token_start[row, i] - begin_b[row])
                 by_buffer[buffer].append((local, begin, end - begin, start))
         found.append(by_buffer)
     result = []
@@ -162,10 +166,12 @@ def stack_micro_batches(
         raise ValueError(f"{micro_batches} micro-batches do not divide {len(queries)} queries")
     chosen = np.asarray(queries).reshape(micro_batches, -1)
     rows = (chosen[..., None] * options.group + np.arange(options.group)).reshape(micro_batches, -1)
-    capacity = rollout.tokens.shape[1]
-    longest = int(np.max(np.asarray(rollout.length)[rows]))
-    length = min(-(-longest // options.token_multiple) * options.token_multiple, capacity)
     flat = rows.reshape(-1)
+    begin_b = np.repeat(np.asarray(prompts.length) - 1, options.group)
+    capacity = rollout.tokens.shape[1] - int(begin_b.min())
+    longest = int(np.max((np.asarray(rollout.length) - begin_b)[rows]))
+    length = min(-(-longest // options.token_multiple) * options.token_multiple, capacity)
+    columns = np.minimum(begin_b[flat, None] + np.arange(length), rollout.tokens.shape[1] - 1)
     positions = targets.positions_of(np.asarray(rollout.sampled)[flat], options.target_multiple)
 
     def stacked(values: np.ndarray) -> np.ndarray:
@@ -176,12 +182,12 @@ def stack_micro_batches(
 
     return ReplayBatch(
         prompts=jax.tree.map(lambda x: np.asarray(x)[chosen], prompts),
-        tokens=np.asarray(rollout.tokens)[rows, :length],
-        positions=stacked(positions),
+        tokens=stacked(targets.at(np.asarray(rollout.tokens)[flat], columns)),
+        positions=stacked(np.where(positions > 0, positions - begin_b[flat, None], 0)),
         stop_rest=sampled(rollout.stop_rest),
         old_logprob=sampled(rollout.logprob),
         advantage=np.asarray(advantage, np.float32)[rows],
-        segments=_segment_slots(rollout, list(rows), options),
+        segments=_segment_slots(rollout, list(rows), begin_b, options),
     )
 
 
@@ -191,27 +197,36 @@ def stack_micro_batches(
 def hidden_states(
     config: ThinkerConfig, params: Params, batch: ReplayBatch, options: ReplayOptions
 ) -> jax.Array:
-    """Final hidden states of all rows: [B, L, hidden_size]."""
+    """Final hidden states of the answers: [B, T, hidden_size]."""
     prompts, group = batch.prompts, options.group
-    num_rows = batch.tokens.shape[0]
-    x_ble = language_model.embed(params["language_model"], batch.tokens)
     num_samples = jnp.asarray(prompts.num_samples)
-    audio = thinker.encode_audio(config, params, jnp.asarray(prompts.waveforms), num_samples)
-    x_ble = thinker.merge_audio(
-        x_ble,
-        jnp.repeat(audio, group, axis=0),
-        jnp.repeat(frontend.num_audio_tokens(num_samples), group),
-        jnp.arange(num_rows),
-        jnp.repeat(jnp.asarray(prompts.audio_start), group),
+    recordings = thinker.AudioClips(
+        waveforms=jnp.asarray(prompts.waveforms),
+        num_samples=num_samples,
+        row=jnp.arange(len(num_samples)),
+        start=jnp.asarray(prompts.audio_start),
     )
-    for slots, buffer in zip(batch.segments, options.buffers, strict=True):
-        clips = loop.cut_segments(
-            prompts, slots.row // group, slots.begin, slots.num_samples, buffer
+    x_qpe = thinker.embed_tokens(config, params, prompts.tokens, (recordings,))
+    cut = tuple(
+        thinker.AudioClips(
+            waveforms=loop.cut_segments(
+                prompts, slots.row // group, slots.begin, slots.num_samples, buffer
+            ),
+            num_samples=slots.num_samples,
+            row=slots.row,
+            start=slots.start,
         )
-        audio = thinker.encode_audio(config, params, clips, slots.num_samples)
-        num_tokens = frontend.num_audio_tokens(slots.num_samples)
-        x_ble = thinker.merge_audio(x_ble, audio, num_tokens, slots.row, slots.start)
-    return language_model.forward(config.text, params["language_model"], x_ble, options.remat)
+        for slots, buffer in zip(batch.segments, options.buffers, strict=True)
+    )
+    x_bte = thinker.embed_tokens(config, params, batch.tokens, cut)
+    return language_model.forward_continuations(
+        config.text,
+        params["language_model"],
+        x_qpe,
+        jnp.asarray(prompts.length) - 1,
+        x_bte,
+        options.remat,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +250,9 @@ def logprobs(
     batch: ReplayBatch,
 ) -> jax.Array:
     """Log-probabilities of the sampled tokens under `params`: f32[B, K], anything where positions is 0."""
-    hidden_ble = hidden_states(config, params, batch, options)
+    hidden_bte = hidden_states(config, params, batch, options)
     logits_bkv = language_model.unembed(
-        params["language_model"], targets.predicting(hidden_ble, batch.positions)
+        params["language_model"], targets.predicting(hidden_bte, batch.positions)
     )
     return grpo.token_logprobs(
         logits_bkv,

@@ -104,9 +104,10 @@ def test_slots_grow_in_large_steps(rollout, prompts):
 
 def test_lengths_are_rounded_up(rollout, prompts):
     batch = stacked(rollout, prompts)
-    assert batch.tokens.shape[-1] == min(
-        -(-int(rollout.length.max()) // 32) * 32, rollout.tokens.shape[1]
-    )
+    longest = int((rollout.length - np.repeat(prompts.length, 2) + 1).max())
+    assert longest <= batch.tokens.shape[-1] < longest + 32
+    last_b = np.repeat(prompts.length, 2) - 1
+    np.testing.assert_array_equal(batch.tokens[0, :, 0], rollout.tokens[np.arange(6), last_b])
     one = stacked(rollout, prompts, queries=np.array([1]))
     assert one.tokens.shape[1] == 2
     np.testing.assert_array_equal(one.advantage, [[0.5, -0.5]])
