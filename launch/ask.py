@@ -232,13 +232,13 @@ def answer(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status, 1 after an error."""
+    """Runs the command; returns the exit status: 0, or 2 after one line about what is wrong."""
     args = parse_args(argv)
     try:
         answer(args)
     except (OSError, ValueError, KeyError) as error:
         print(f"launch.ask: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import re
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,13 +35,85 @@ def test_each_kind_of_bad_file_is_named(tmp_path):
     soundfile.write(tmp_path / "overlong.wav", _tone(16_000, 3.0), 16_000)
     soundfile.write(tmp_path / "non-finite.wav", np.full(99, np.nan), 16_000, "FLOAT")
     (tmp_path / "unreadable.wav").write_bytes(b"RIFF but not really")
-    for reason in AudioFileError.REASONS[:-1]:
+    soundfile.write(tmp_path / "truncated.wav", _tone(16_000), 16_000)
+    _cut(tmp_path / "truncated.wav", 10_000)
+    for reason in AudioFileError.REASONS:
         path = tmp_path / f"{reason}.wav"
         with pytest.raises(AudioFileError, match=reason) as caught:
             read_audio(path, max_seconds=2.0)
         assert caught.value.reason == reason
         assert str(path) in str(caught.value)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+def _set_size(path: Path, chunk: bytes, size: int) -> None:
+    """Writes the size that a little-endian header gives a chunk."""
+    content = path.read_bytes()
+    begin = content.index(chunk) + 4
+    path.write_bytes(content[:begin] + struct.pack("<I", size) + content[begin + 4 :])
+
+
+@pytest.mark.parametrize(
+    ("rate", "how", "message"),
+    [
+        (16_000, {}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s (24000)"),
+        (8_000, {"subtype": "FLOAT"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
+        (16_000, {"endian": "BIG"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
+        (16_000, {"format": "WAVEX"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
+        (16_000, {"subtype": "IMA_ADPCM"}, "s (8192 bytes), the file holds 0.02 s (192)"),
+    ],
+)
+def test_a_wav_file_that_ends_too_soon_is_truncated(tmp_path, rate, how, message):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, _tone(rate), rate, **how)
+    assert len(read_audio(path)) >= 16_000
+    _cut(path, 8_000)
+    with pytest.raises(AudioFileError, match=re.escape(message)) as caught:
+        read_audio(path)
+    assert caught.value.reason == "truncated"
+    assert str(caught.value).startswith(f"{path}: truncated audio file (its header promises")
+    store = AudioStore(tmp_path)
+    with pytest.raises(AudioFileError):
+        store.read("a.wav")
+    assert store.bad == {"a.wav": "truncated"}
+
+
+def test_a_wav_file_without_any_of_its_samples_is_truncated(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, _tone(16_000), 16_000)
+    _cut(path, 32_000)
+    with pytest.raises(AudioFileError, match=r"the file holds 0.00 s \(0\)"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize(
+    ("whole", "samples"),
+    [(0xFFFF_FFFF, 0xFFFF_FFFF), (0, 0xFFFF_FFFF), (8, 0), (0x7FFF_F024, 0x7FFF_F000)],
+)
+def test_headers_of_streams_are_read_to_the_end(tmp_path, whole, samples):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, _tone(16_000), 16_000)
+    _set_size(path, b"RIFF", whole)
+    _set_size(path, b"data", samples)
+    assert len(read_audio(path)) == 16_000
+
+
+def test_chunks_around_the_samples_are_passed_over(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(
+        path, _tone(16_000)[:15_999], 16_000, "PCM_U8"
+    )  # an odd size, so a filling byte
+    content = path.read_bytes()
+    begin = content.index(b"data")
+    odd = b"LIST" + struct.pack("<I", 5) + b"abcde\0"
+    path.write_bytes(content[:begin] + odd + content[begin:] + odd)
+    assert len(read_audio(path)) == 15_999
+    path.write_bytes(content.rstrip(b"\0") if content[-1] == 0 else content)  # no filling byte
+    assert len(read_audio(path)) == 15_999
 
 
 def test_the_store_forgets_the_oldest_and_counts_bad_files(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,12 +91,14 @@ def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
     config = get_config("test")
     build.build(config, tmp_path)
     victim = tmp_path / read_scenes(tmp_path, "test")[2].audio_path
-    victim.write_bytes(b"broken")
+    victim.write_bytes(victim.read_bytes()[:-2])
     config.questions.seed = 1  # other records, so the files are looked at again
     config.max_bad_fraction = 0.5
     result = build.build(config, tmp_path)
     assert result["skipped"] == 1
-    assert victim.name in (tmp_path / "skipped.jsonl").read_text()
+    (named,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert tmp_path / named["audio_path"] == victim
+    assert named["reason"] == "truncated"
     made = eaqa_builder.builder(tmp_path, QuestionConfig.from_mapping(config.questions), 0.5)
     assert all("test_000002" not in r.id for r in eaqa_builder.load_records(made, "test"))
     config.questions.seed = 2

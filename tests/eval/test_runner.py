@@ -177,18 +177,21 @@ def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, setting
     (data.parent / "audio" / "2.wav").write_bytes(b"RIFF")
     (data.parent / "audio" / "4.wav").unlink()
     soundfile.write(data.parent / "audio" / "6.wav", np.ones(16_000), 16_000)
+    cut = data.parent / "audio" / "8.wav"
+    cut.write_bytes(cut.read_bytes()[:-2])
     said = []
     one = Runner(questions.load(data, "test"), report=said.append)
     found = one.ask(FakeSampler(tokenizer), tokenizer, settings(), tmp_path / "out", FACTS).results
     assert found["num_questions"] == 11
-    assert found["num_answered"] == 8
+    assert found["num_answered"] == 7
     assert {(s["id"], s["reason"]) for s in found["skipped"]} == {
         ("q2", "unreadable"),
         ("q4", "missing"),
         ("q6", "truncated"),
+        ("q8", "truncated"),
     }
     assert found["accuracy"] == pytest.approx(found["num_correct"] / 11)
-    assert sum("not asked: q" in line for line in said) == 3
+    assert sum("not asked: q" in line for line in said) == 4
     with pytest.raises(ValueError, match=r"recordings of \d of 11 questions are unusable.*2.wav"):
         one.ask(
             FakeSampler(tokenizer), tokenizer, settings(max_bad_fraction=0.0), tmp_path / "b", FACTS

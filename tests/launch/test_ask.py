@@ -101,18 +101,22 @@ def test_mistakes_are_one_line_each(
     broken.write_bytes(b"RIFF\x00\x00\x00\x00WAVEjunk")
     short = tmp_path / "short.wav"
     soundfile.write(short, np.ones(200) / 2, 16_000)
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(recording.read_bytes()[:-44_100])
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = {
         "no.wav": arguments(checkpoint, tmp_path / "no.wav"),
         "broken.wav": arguments(checkpoint, broken),
+        "cut.wav: truncated audio file (its header promises 2.00 s (88200 bytes), "
+        "the file holds 1.00 s (44100))": arguments(checkpoint, cut),
         "short.wav: a clip of 200 samples": arguments(checkpoint, short),
         str(empty): arguments(empty, recording),
         "nowhere": arguments(tmp_path / "nowhere", recording),
         "temperature": arguments(checkpoint, recording, "--temperature", "-1"),
     }
     for named, argv in cases.items():
-        assert ask.main(argv) == 1, named
+        assert ask.main(argv) == 2, named
         err = capsys.readouterr().err
         assert named in err
         assert err.startswith("launch.ask: ")
