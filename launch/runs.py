@@ -65,13 +65,7 @@ def is_done(config: ConfigDict, workdir: Path) -> bool:
     done = _read_json(workdir / DONE_FILE)
     if not done or done["step"] < config.total_steps:
         return False
-    changed = changed_fields(_placed(before), _placed(plain(config)))
-    deciding = [
-        name
-        for name in changed
-        if name not in _INDIFFERENT and not name.startswith(_INDIFFERENT_SECTION)
-    ]
-    if deciding:
+    if deciding := _deciding_changes(before, plain(config)):
         raise ValueError(
             f"{workdir} holds a finished run with another {', '.join(deciding)}; give another --workdir, "
             "or remove it to train anew"
@@ -83,6 +77,53 @@ def is_done(config: ConfigDict, workdir: Path) -> bool:
                 "or remove it to train anew"
             )
     return True
+
+
+def check_continues(
+    before: Mapping[str, Any], step: int, config: ConfigDict, workdir: Path
+) -> None:
+    """Checks that `config` may go on with a run that `before` has brought to a checkpoint at `step`.
+
+    Its steps would be of two kinds otherwise, and its end not that of an undisturbed run. The number of steps may
+    change where the learning rate does not depend on it.
+
+    Raises:
+        ValueError: a field differs; the message names the first one with both values.
+    """
+    after = plain(config)
+    fields = _deciding_changes(before, after)
+    schedule = config.optimizer
+    if (
+        schedule.schedule == "constant"
+        and not schedule.warmup_fraction
+        and config.total_steps >= step
+    ):
+        fields = [name for name in fields if name != "total_steps"]
+    if fields:
+        name = fields[0]
+        raise ValueError(
+            f"{workdir} holds a run with config.{name}={_value(before, name)}, not {_value(after, name)}; give "
+            "another --workdir, or the old value to go on with it"
+        )
+
+
+def _deciding_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that differ and decide what is learned."""
+    return [
+        name
+        for name in changed_fields(_placed(before), _placed(after))
+        if name not in _INDIFFERENT and not name.startswith(_INDIFFERENT_SECTION)
+    ]
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    """How to show the value of a field, "(none)" where the config has no such field."""
+    value: Any = settings
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return "(none)"
+        value = value[part]
+    return repr(value)
 
 
 def _made_from(config: ConfigDict) -> dict[str, Any]:

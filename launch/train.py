@@ -401,7 +401,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     options = config.checkpoint
     with Checkpoints(workdir / "checkpoints", options.keep_last, options.asynchronous) as saved:
-        state = start(config, model, updater, saved, iterator)
+        state = start(config, workdir, model, updater, saved, iterator)
         runs.write_settings(config, workdir)
         print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
@@ -414,18 +414,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
 
 def start(
-    config: ConfigDict, model: Model, updater: Updater, saved: Checkpoints, iterator: Any
+    config: ConfigDict,
+    workdir: Path,
+    model: Model,
+    updater: Updater,
+    saved: Checkpoints,
+    iterator: Any,
 ) -> TrainState:
     """The state to go on from, on the device; the iterator is moved along (2. and 3. above)."""
+    step = saved.latest_step()
+    if step is not None:
+        runs.check_continues(saved.stored_config(), step, config, workdir)
     # Copies: the state is donated step by step, the model's own arrays serve as reference.
     params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), model.params)
     fresh = TrainState(
         step=0, params=params, opt_state=updater.init(params), key=jax.random.key(config.seed)
     )
-    if saved.latest_step() is None:
+    if step is None:
         return fresh
-    if changed := runs.changed_fields(saved.stored_config(), runs.plain(config)):
-        print(f"warning: since the checkpoint the config has changed in {', '.join(changed)}")
     state = saved.restore(fresh, iterator)
     print(f"going on from step {state.step}")
     return state

@@ -1,6 +1,7 @@
 """When a workdir counts as finished: the same stage, config, cold start and scenes, and no fewer steps."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,65 @@ def test_what_a_finished_run_was_made_from_must_be_the_same(
     (tmp_path / path).write_text(json.dumps({"stage": "base", "seed": 1}))
     with pytest.raises(ValueError, match=f"config.{field} was made anew since; give another"):
         runs.is_done(config, finished)
+
+
+@pytest.fixture
+def steady(config):
+    config.optimizer.schedule, config.optimizer.warmup_fraction = "constant", 0.0
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1, "total_steps": 9}, "config.seed=0, not 1; give another --workdir, or the old"),
+        ({"optimizer.learning_rate": 7.0}, "config.optimizer.learning_rate=0.001, not 7.0;"),
+        (
+            {"listening.weights": {"naming": 1.0}},
+            "config.listening.weights.choice=1.0, not (none);",
+        ),
+        ({"init_from": "x/y"}, "base', not 'x/y';"),
+        ({"total_steps": 1}, "config.total_steps=4, not 1;"),
+        (
+            {"total_steps": 9, "optimizer.schedule": "linear"},
+            "config.optimizer.schedule='constant'",
+        ),
+    ],
+)
+def test_an_unfinished_run_goes_on_with_its_config_only(change, message, steady, tmp_path):
+    before = runs.plain(steady)
+    for name, value in change.items():
+        if isinstance(value, dict):
+            steady[name.split(".")[0]][name.split(".")[1]] = value
+        else:
+            steady.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        runs.check_continues(before, 2, steady, tmp_path / "w")
+    assert str(caught.value).startswith(f"{tmp_path / 'w'} holds a run with config.")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_decides_nothing_may_change_before_the_end(steady, tmp_path, monkeypatch):
+    before = runs.plain(steady)
+    steady.log_every_steps, steady.checkpoint.every_steps, steady.data.cache_bytes = 7, 9, 1
+    steady.checkpoint.keep_last, steady.checkpoint.asynchronous = 1, False
+    monkeypatch.chdir(tmp_path)
+    steady.init_from, steady.data.root = "base", "./data"
+    for total in (9, 2):
+        steady.total_steps = total
+        runs.check_continues(before, 2, steady, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "cosine"}, {"schedule": "linear"}, {"warmup_fraction": 0.1}]
+)
+def test_the_number_of_steps_may_not_change_the_learning_rate(schedule, steady, tmp_path):
+    steady.optimizer.update(schedule)
+    before = runs.plain(steady)
+    runs.check_continues(before, 2, steady, tmp_path)
+    steady.total_steps = 9
+    with pytest.raises(ValueError, match="config.total_steps=4, not 9; give another"):
+        runs.check_continues(before, 2, steady, tmp_path)
 
 
 def test_a_workdir_that_is_a_file_is_named(config, tmp_path):

@@ -228,6 +228,27 @@ def test_a_run_ends_with_a_model_and_is_not_done_twice(place, tmp_path, capsys):
         train.train(fill(grpo_config.get_config("test"), place), workdir)
 
 
+def test_an_unfinished_run_goes_on_with_its_own_config(place, tmp_path, capsys):
+    config = fill(sft_config.get_config("test"), place)
+    config.optimizer.schedule, config.optimizer.warmup_fraction = "constant", 0.0
+    config.total_steps = 2
+    workdir = tmp_path / "w"
+    train.train(config, workdir)
+    (workdir / "done.json").unlink()
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config.total_steps, config.log_every_steps = 3, 3
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(
+        ValueError, match=r"w holds a run with config.optimizer.learning_rate=0.001, not 0.5; give"
+    ):
+        train.train(config, workdir)
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    config.optimizer.learning_rate = 0.001
+    train.train(config, workdir)
+    assert "going on from step 2" in capsys.readouterr().out
+    assert json.loads((workdir / "done.json").read_text())["step"] == 3
+
+
 def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, given: list[str]):
     """An undisturbed run and one that is killed once it has written `lines` lines; both workdirs."""
     whole, cut = folder / "whole", folder / "cut"
