@@ -2,7 +2,7 @@
 
   python -m benchmarks.sampler [--batch 1 8 32] [--seconds 10] [--repeats 2]
 
-Both answer the same greedy prompts of a scripted model of the tiny size (see `tests/scripted.py`): four cited segments
+Both answer the same greedy prompts of a scripted model of the tiny size (see `tests/models.py`): four cited segments
 an answer, three of them inserted. Compilation is not timed; the best of the repeats counts. The host loop keeps no
 cache and recomputes the whole sequence for each token, as Algorithm 1 reads when nothing is made fast.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from echo_jax.sampler import Prompts, Sampler, SamplingOptions, reference
 from echo_jax.text import prompts as prompts_lib
 from echo_jax.text.tokenizer import Tokenizer
-from tests.scripted import scripted_model, single_tokens
+from tests.models import scripted_model, single_tokens
 
 QUESTION, CHOICES = "Which sound comes first?", ["bell", "buzz"]
 TAG = ["\n", "<", "seg", ">", "0", ",", " ", "1", "</", "seg", ">"]

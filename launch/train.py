@@ -112,14 +112,7 @@ def load_model(config: ConfigDict) -> Model:
         )
     tokenizer = inputs.new_tokenizer(config, inputs.load_scenes(config))
     thinker_config = ThinkerConfig.preset(
-        config.model_preset,
-        vocab_size=tokenizer.vocab_size,
-        im_start_id=tokenizer.im_start_id,
-        im_end_id=tokenizer.im_end_id,
-        audio_token_id=tokenizer.audio_id,
-        audio_bos_id=tokenizer.audio_bos_id,
-        audio_eos_id=tokenizer.audio_eos_id,
-        pad_id=tokenizer.pad_id,
+        config.model_preset, vocab_size=tokenizer.vocab_size, **tokenizer.config_ids
     )
     specs = thinker.param_specs(thinker_config)
     return Model(thinker_config, arrays.init_params(specs, jax.random.key(config.seed)), tokenizer)

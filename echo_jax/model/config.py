@@ -255,7 +255,7 @@ class ThinkerConfig:
         Args:
           name: the preset.
           vocab_size: replaces the preset's vocabulary size ("tiny" uses a compact vocabulary).
-          **special_ids: control token ids of a renumbered vocabulary (`im_start_id=…`).
+          **special_ids: control token ids of a renumbered vocabulary (`Tokenizer.config_ids`).
 
         Raises:
           ValueError: unknown name.

@@ -44,16 +44,11 @@ class Sampler:
         Raises:
           ValueError: model and tokenizer do not belong together, or the vocabulary cannot stop at `</seg>`.
         """
-        for name, model_id, id_ in (
-            ("im_end", config.im_end_id, tokenizer.im_end_id),
-            ("audio", config.audio_token_id, tokenizer.audio_id),
-            ("audio_bos", config.audio_bos_id, tokenizer.audio_bos_id),
-            ("audio_eos", config.audio_eos_id, tokenizer.audio_eos_id),
-        ):
+        for name in ("im_end_id", "audio_token_id", "audio_bos_id", "audio_eos_id"):
+            model_id, id_ = getattr(config, name), tokenizer.config_ids[name]
             if model_id != id_:
                 raise ValueError(
-                    f"the model's {name} token is {model_id} but the tokenizer's is {id_}; "
-                    "load both from one checkpoint"
+                    f"the model's {name} is {model_id} but the tokenizer's is {id_}; load both from one checkpoint"
                 )
         self.config = config
         self.options = options

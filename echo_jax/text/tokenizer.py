@@ -114,6 +114,18 @@ class Tokenizer:
                 self.token_bytes[token["id"]] = content.encode()
         self._control_text = {t["id"]: c.encode() for c, t in added.items() if t["special"]}
 
+    @property
+    def config_ids(self) -> dict[str, int]:
+        """The control tokens in use, under the names that `ThinkerConfig` has for them."""
+        return {
+            "im_start_id": self.im_start_id,
+            "im_end_id": self.im_end_id,
+            "audio_token_id": self.audio_id,
+            "audio_bos_id": self.audio_bos_id,
+            "audio_eos_id": self.audio_eos_id,
+            "pad_id": self.pad_id,
+        }
+
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> Tokenizer:
         """Reads `tokenizer.json`, or `vocab.json` and `merges.txt` with the added tokens of `tokenizer_config.json`.

@@ -13,7 +13,7 @@ from echo_jax.text.tokenizer import Tokenizer
 from eval import __main__ as eval_main
 from eval import ablation
 from tests.eval.examples import make_record
-from tests.scripted import scripted_model, single_tokens
+from tests.models import scripted_model, single_tokens
 
 # What follows the prompt's last newline, then what follows inserted audio. No token occurs twice with different
 # successors, which is why the last tags are spelled in unusual pieces.

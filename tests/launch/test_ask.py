@@ -11,7 +11,7 @@ from echo_jax import huggingface
 from echo_jax.sampler import FinishReason, Sampler, SamplingOptions
 from echo_jax.text.tokenizer import Tokenizer
 from launch import ask
-from tests.scripted import scripted_model, single_tokens
+from tests.models import scripted_model, single_tokens
 
 # What follows the prompt's last newline, then what follows inserted audio. No token occurs twice with different
 # successors, which is why the last tags are spelled in unusual pieces.

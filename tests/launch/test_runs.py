@@ -127,7 +127,7 @@ def test_the_number_of_steps_may_not_change_the_learning_rate(schedule, steady, 
     before = runs.plain(steady)
     runs.check_continues(before, 2, steady, tmp_path)
     steady.total_steps = 9
-    with pytest.raises(ValueError, match="config.total_steps=4, not 9; give another"):
+    with pytest.raises(ValueError, match=r"config.total_steps=4, not 9; give another"):
         runs.check_continues(before, 2, steady, tmp_path)
 
 

@@ -21,7 +21,7 @@ from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
 from launch import train
-from tests.citing import citing_model, citing_tokenizer
+from tests.models import citing_model, citing_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,15 +7,14 @@ import functools
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import pytest
 
 from echo_jax.arrays import Params
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import Prompts, Rollout, Sampler, SamplingOptions
-from echo_jax.text import prompts as prompts_lib
 from echo_jax.text.tokenizer import Tokenizer
 from tests.echo_jax.sampler import oracle, scripts
+from tests.models import noise_prompts
 
 # Three segment buffers: half a second, one second, and the whole of the longest recording.
 OPTIONS = SamplingOptions(
@@ -30,20 +29,7 @@ _QUESTIONS = ((25_600, " What?"), (20_480, " Which <seg>0.1, 0.9 sound?"), (16_6
 
 def make_prompts(tokenizer: Tokenizer, seed: int = 0) -> Prompts:
     """Noise of 1.6, 1.28 and 1.04 seconds and a question about each; one holds an open tag."""
-    rng = np.random.default_rng(seed)
-    chats = []
-    for num_samples, text in _QUESTIONS:
-        user = prompts_lib.Message("user", [prompts_lib.Audio(num_samples), text])
-        chats.append(prompts_lib.encode_chat(tokenizer, [user], add_generation_prompt=True))
-    num_samples = np.array([samples for samples, _ in _QUESTIONS], np.int32)
-    length = np.array([len(chat.tokens) for chat in chats], np.int32)
-    tokens = np.full((len(chats), length.max()), tokenizer.pad_id, np.int32)
-    waveforms = np.zeros((len(chats), num_samples.max()), np.float32)
-    for row, chat in enumerate(chats):
-        tokens[row, : length[row]] = chat.tokens
-        waveforms[row, : num_samples[row]] = rng.normal(0, 0.1, num_samples[row])
-    starts = np.array([chat.audio_starts[0] for chat in chats], np.int32)
-    return Prompts(tokens, length, waveforms, num_samples, starts)
+    return noise_prompts(tokenizer, _QUESTIONS, seed)
 
 
 @dataclasses.dataclass(frozen=True)

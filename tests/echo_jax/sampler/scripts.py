@@ -18,9 +18,10 @@ import numpy as np
 from echo_jax import arrays
 from echo_jax.arrays import Params
 from echo_jax.model import frontend, thinker
-from echo_jax.model.config import AudioConfig, TextConfig, ThinkerConfig
+from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import FinishReason, Prompts
 from echo_jax.text.tokenizer import Tokenizer
+from tests.models import small_config
 
 CORPUS = (
     "system user\nassistant\n What? Which sound? 0123456789",
@@ -135,25 +136,15 @@ def single(tokenizer: Tokenizer, text: str) -> int:
 
 def micro_model(tokenizer: Tokenizer, seed: int = 0) -> tuple[ThinkerConfig, Params]:
     """A thinker of two layers whose hidden states tell prefixes apart."""
-    config = ThinkerConfig(
-        audio=AudioConfig(num_layers=1, d_model=16, num_heads=2, ffn_dim=24, output_dim=WIDTH),
-        text=TextConfig(
-            # A checkpoint's head has more rows than its tokenizer has tokens.
-            vocab_size=tokenizer.vocab_size + 11,
-            hidden_size=WIDTH,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            ffn_dim=64,
-            rope_theta=1_000.0,
-        ),
-        im_start_id=tokenizer.im_start_id,
-        im_end_id=tokenizer.im_end_id,
-        audio_token_id=tokenizer.audio_id,
-        audio_bos_id=tokenizer.audio_bos_id,
-        audio_eos_id=tokenizer.audio_eos_id,
-        pad_id=tokenizer.pad_id,
+    config = small_config(
+        tokenizer,
+        WIDTH,
+        # A checkpoint's head has more rows than its tokenizer has tokens.
+        vocab_size=tokenizer.vocab_size + 11,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=64,
+        rope_theta=1_000.0,
     )
     params = arrays.init_params(thinker.param_specs(config), jax.random.key(seed))
     language = params["language_model"]

