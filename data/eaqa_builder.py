@@ -221,7 +221,9 @@ def builder(
     ]
     if not labels:
         raise ValueError(f"{root} holds no scenes; make them with python -m data.build")
-    key = json.dumps(dataclasses.asdict(questions), sort_keys=True) + "".join(labels)
+    # `max_bad_fraction` decides whether there are records, not which.
+    decides = {"questions": dataclasses.asdict(questions), "max_seconds": float(max_seconds)}
+    key = json.dumps(decides, sort_keys=True) + "".join(labels)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     config = EaqaConfig(
         name=f"{questions.style}_{questions.strategy}_{digest}",

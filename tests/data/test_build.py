@@ -107,6 +107,21 @@ def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
         build.build(config, tmp_path)
 
 
+def test_records_of_another_longest_file_are_another_dataset(tmp_path):
+    config = get_config("test")
+    config.max_bad_fraction = 1.0
+    whole = build.build(config, tmp_path)
+    config.max_seconds = max(s.duration_s for s in read_scenes(tmp_path, "train")) - 0.01
+    some = build.build(config, tmp_path)
+    assert some["directory"] != whole["directory"]
+    assert some["skipped"] > 0
+    opened = tfds.builder_from_directory(str(some["directory"]))
+    records = list(eaqa_builder.load_records(opened, "train"))
+    assert 0 < len(records) < whole["records"]["train"]
+    assert all(record.duration_s <= config.max_seconds for record in records)
+    assert build.build(config, tmp_path)["directory"] == some["directory"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
