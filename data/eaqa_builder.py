@@ -151,8 +151,14 @@ class EaqaScenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, scenes: Sequence[Scene]) -> Iterator[tuple[int, dict[str, Any]]]:
         vocabulary = sorted({event.label for scene in scenes for event in scene.events})
         records = make_questions(scenes, self.builder_config.questions, vocabulary)
+        number = -1
         for number, record in enumerate(records):
             yield number, _to_features(record)
+        if number < 0:
+            raise ValueError(
+                f"the scenes of split {scenes[0].split!r} give no question; ask other config.questions.kinds, allow "
+                "fewer config.questions.min_choices, or make more scenes"
+            )
 
 
 def _to_features(record: EaqaRecord) -> dict[str, Any]:

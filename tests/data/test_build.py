@@ -129,6 +129,14 @@ def test_records_of_another_longest_file_are_another_dataset(tmp_path):
         (["--config=configs/scenes.py:test", "--config.scenes.sed=1"], "did you mean"),
         (["--config=configs/scenes.py:test", "--config.scenes.seed=abc"], "'abc'"),
         (["--config=configs/scenes.py:tset"], "did you mean test?"),
+        (
+            [
+                "--config=configs/scenes.py:test",
+                "--config.questions.kinds.span=0.0",
+                "--config.scenes.counts.train=1",
+            ],
+            "the scenes of split 'train' give no question; ask other config.questions.kinds",
+        ),
         (["--config=configs/nope.py:test"], "there is no file 'configs/nope.py'"),
         (["--config=configs/scenes.py:test", "--root=README.md"], "README.md"),
         (["--config=configs/scenes.py:test", "--root="], "--root is empty"),
