@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from data import eaqa_builder, scenes
 from data.command_line import define_config, run
-from data.questions import QuestionConfig
+from data.drafts import QuestionConfig
 
 PROGRAM = "data.build"
 

@@ -24,7 +24,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from data.audio_files import LENGTH_TOLERANCE_S, SAMPLING_RATE, AudioFileError, read_audio
-from data.questions import QuestionConfig, make_questions
+from data.drafts import QuestionConfig
+from data.questions import make_questions
 from data.records import EaqaRecord, Event, Scene, write_jsonl
 from data.scenes import SPLITS, read_scenes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import pipeline, questions, scenes
+from data import drafts, pipeline, questions, scenes
 from data.listening import ListeningConfig
 from echo_jax.text.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def train_scenes(root):
 
 @pytest.fixture(scope="session")
 def records(train_scenes):
-    return list(questions.make_questions(train_scenes, questions.QuestionConfig(style="short")))
+    return list(questions.make_questions(train_scenes, drafts.QuestionConfig(style="short")))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from configs.scenes import get_config
 from data import build, eaqa_builder
-from data.questions import QuestionConfig, make_questions
+from data.drafts import QuestionConfig
+from data.questions import make_questions
 from data.scenes import read_scenes
 
 ROOT = Path(__file__).resolve().parents[2]

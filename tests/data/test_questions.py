@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from data import questions, scenes, wordings
+from data import drafts, questions, scenes, wordings
 from data.records import KINDS, EaqaRecord, Event, Scene
 
 CONFIG = scenes.SceneConfig(
@@ -18,8 +18,8 @@ ALL_KINDS = dict.fromkeys(KINDS, 1.0)
 TAG = re.compile(r"<seg>(\d+\.\d), (\d+\.\d)</seg>")
 
 
-def _config(**fields) -> questions.QuestionConfig:
-    return questions.QuestionConfig(**({"kinds": ALL_KINDS, "per_scene": 4} | fields))
+def _config(**fields) -> drafts.QuestionConfig:
+    return drafts.QuestionConfig(**({"kinds": ALL_KINDS, "per_scene": 4} | fields))
 
 
 def _slots(record: EaqaRecord) -> tuple[str, dict[str, str]]:
@@ -82,8 +82,8 @@ def _solve(record: EaqaRecord) -> str:
     return shared[0].label
 
 
-@pytest.mark.parametrize("style", questions.STYLES)
-@pytest.mark.parametrize("strategy", questions.STRATEGIES)
+@pytest.mark.parametrize("style", drafts.STYLES)
+@pytest.mark.parametrize("strategy", drafts.STRATEGIES)
 def test_every_answer_is_right_unique_and_told(style, strategy):
     records = list(questions.make_questions(SCENES, _config(style=style, strategy=strategy)))
     assert {record.kind for record in records} == set(KINDS)
@@ -95,7 +95,7 @@ def test_every_answer_is_right_unique_and_told(style, strategy):
         assert re.fullmatch(r"<think>.*</think><answer>.*</answer>", record.cot)
 
 
-@pytest.mark.parametrize("style", questions.STYLES)
+@pytest.mark.parametrize("style", drafts.STYLES)
 @pytest.mark.parametrize("strategy", ["direct", "scan"])
 def test_citations_name_what_is_there_after_the_tag(style, strategy):
     for record in questions.make_questions(SCENES, _config(style=style, strategy=strategy)):
@@ -133,7 +133,7 @@ def test_an_answer_that_is_not_known_from_the_question_is_named_only_after_its_t
 
 def test_positions_are_balanced_and_wrong_choices_come_from_the_scene():
     many = [scenes.plan_scene(CONFIG, "train", i).scene for i in range(700)]
-    records = list(questions.make_questions(many, questions.QuestionConfig()))
+    records = list(questions.make_questions(many, drafts.QuestionConfig()))
     places = [record.choices.index(record.answer) for record in records]
     for place in range(4):
         assert 0.2 < places.count(place) / len(places) < 0.3
@@ -154,7 +154,7 @@ def test_a_record_depends_on_its_own_scene_only():
 def test_ambiguous_scenes_give_no_question():
     twins = (Event(0.5, 1.0, "cough"), Event(2.0, 2.6, "siren"), Event(3.0, 3.5, "cough"))
     scene = Scene("s", "s.wav", 5.0, twins, "train", "synthetic")
-    config = questions.QuestionConfig(kinds={"after": 1.0}, per_scene=9)
+    config = drafts.QuestionConfig(kinds={"after": 1.0}, per_scene=9)
     asked = list(questions.make_questions([scene], config))
     assert [record.answer for record in asked] == ["cough"]  # after the siren; the cough is twofold
     blurred = (Event(0.5, 1.2, "cough"), Event(1.0, 2.6, "siren"), Event(3.0, 3.5, "drum"))
@@ -165,14 +165,14 @@ def test_ambiguous_scenes_give_no_question():
 
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match=r"questions\.stile is not a field"):
-        questions.QuestionConfig.from_mapping({"stile": "short"})
+        drafts.QuestionConfig.from_mapping({"stile": "short"})
     with pytest.raises(ValueError, match=r"questions\.kinds\.colour is unknown"):
-        questions.QuestionConfig(kinds={"colour": 1.0})
+        drafts.QuestionConfig(kinds={"colour": 1.0})
 
 
 def test_text_alone_does_not_give_the_answer():
     """Majority over the choices' text, their set and their order, learned on other scenes, stays near chance."""
-    config = questions.QuestionConfig(kinds=ALL_KINDS, per_scene=4)
+    config = drafts.QuestionConfig(kinds=ALL_KINDS, per_scene=4)
 
     def make(split: str, count: int) -> list[EaqaRecord]:
         planned = (scenes.plan_scene(CONFIG, split, i).scene for i in range(count))

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from configs import base as base_config
-from data import questions, scenes
+from data import drafts, questions, scenes
 from data.records import write_jsonl
 from echo_jax import huggingface
 from echo_jax.text.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ def config(tmp_path_factory):
         counts={"train": 4}, duration_s=(4.0, 4.0), event_s=(0.5, 0.6), num_events=(3, 3)
     )
     scenes.write_scenes(made, root, num_processes=1)
-    asked = questions.QuestionConfig(style="short", min_choices=2)
+    asked = drafts.QuestionConfig(style="short", min_choices=2)
     records = questions.make_questions(scenes.read_scenes(root, "train"), asked)
     write_jsonl(root / "records.jsonl", [record.to_json() for record in records])
     config = base_config.get_config("test")
