@@ -5,7 +5,6 @@ python -m tests.test_docs   # writes the tables anew, after a change of a config
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import re
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from data.records import KINDS
 from echo_jax.train import rewards
 from eval import controls
+from launch import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,16 +119,9 @@ def test_tables_of_names_are_complete():
 
 
 def test_rows_of_the_demo_are_explained():
-    # Read, not imported: a command's module defines its flags for the whole process.
-    tree = ast.parse((ROOT / "launch" / "demo.py").read_text(encoding="utf-8"))
-    (rows,) = (
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROWS"
-    )
     evaluation = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| ([A-E]\S*) \|", evaluation, re.MULTILINE)
-    assert listed == [letter for letter, *_ in rows]
+    assert listed == [letter for letter, *_ in demo.ROWS]
 
 
 if __name__ == "__main__":
