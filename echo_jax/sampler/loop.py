@@ -25,6 +25,7 @@ from echo_jax.model.config import ThinkerConfig
 from echo_jax.model.language_model import KVCache
 from echo_jax.sampler.state import FinishReason, Prompts, Rollout, SamplerState, SamplingOptions
 from echo_jax.text import segments
+from echo_jax.text.automaton import Automaton
 from echo_jax.text.tokenizer import Tokenizer
 
 _NEVER = -1e30
@@ -52,7 +53,7 @@ class Sampler:
                 )
         self.config = config
         self.options = options
-        self.automaton = segments.Automaton.build(tokenizer.token_bytes, config.text.vocab_size)
+        self.automaton = Automaton.build(tokenizer.token_bytes, config.text.vocab_size)
         # No control token but <|im_end|> can be sampled: a literal <|AUDIO|> in an answer would be taken for sound.
         self.sampleable = tokenizer.sampleable(config.text.vocab_size)
         self._start = jax.jit(self._start_impl, static_argnames="num_samples")

@@ -10,7 +10,7 @@ from flax import struct
 
 from echo_jax.model import frontend
 from echo_jax.model.language_model import KVCache
-from echo_jax.text import segments
+from echo_jax.text import automaton
 
 
 class FinishReason(enum.IntEnum):
@@ -158,7 +158,7 @@ class SamplerState(struct.PyTreeNode):
     logprob: jax.Array  # f32[B, L]
     sampled: jax.Array  # bool[B, L]
     stop_rest: jax.Array  # i32[B, L]
-    tag: segments.Carry  # one automaton a row
+    tag: automaton.Carry  # one automaton a row
     waiting: jax.Array  # bool[B]
     num_turns: jax.Array  # i32[B]
     num_segments: jax.Array  # i32[B]
@@ -186,7 +186,7 @@ class Rollout(struct.PyTreeNode):
         stands for a stop event; 0 where nothing was sampled.
       sampled: bool[B, L]; inserted audio and the prompt are not.
       stop_rest: i32[B, L], the automaton's `rest_index` before the token at t, with which
-        `segments.Automaton.event_log_prob` gives the token's or its event's log-probability; -1 where nothing can stop.
+        `Automaton.event_log_prob` gives the token's or its event's log-probability; -1 where nothing can stop.
       segment_samples: i32[B, M, 2], begin and end of each inserted clip in the recording's samples.
       segment_token_start: i32[B, M], index of the first <|AUDIO|> of each inserted clip.
       num_segments: i32[B], inserted clips.

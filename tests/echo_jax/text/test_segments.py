@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from echo_jax.text import segments
-from echo_jax.text.segments import Automaton, Reason
+from echo_jax.text.automaton import Automaton, essential_bytes
+from echo_jax.text.segments import Reason
 from echo_jax.text.tokenizer import Tokenizer
 
 RECORDING = 160_000  # 10 s
@@ -331,7 +332,7 @@ def test_essential_bytes_act_like_the_whole_token(qwen: Tokenizer) -> None:
     pieces = [piece for piece in qwen.token_bytes if piece]
     rng = random.Random(0)
     pieces += [random_bytes(rng) for _ in range(5_000)]  # with whole tags inside
-    essential = segments.essential_bytes(pieces)
+    essential = essential_bytes(pieces)
     assert sum(map(len, essential[: qwen.vocab_size])) < 1.6 * qwen.vocab_size
     for whole, short in zip(run(pieces), run(essential), strict=True):
         np.testing.assert_array_equal(whole, short)
