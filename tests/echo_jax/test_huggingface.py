@@ -19,7 +19,7 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from echo_jax import huggingface
+from echo_jax import huggingface, huggingface_tensors
 from echo_jax.arrays import init_params, is_spec
 from echo_jax.model import thinker
 from echo_jax.model.config import AudioConfig, TextConfig, ThinkerConfig
@@ -252,13 +252,15 @@ def test_every_array_of_the_released_sizes_has_its_tensor(preset):
         for key, array in model.state_dict().items()
         if not key.startswith("model.visual.")
     }
-    ours = {key: tensor.shape_on_disk for key, tensor in huggingface.tensors(config).items()}
+    ours = {
+        key: tensor.shape_on_disk for key, tensor in huggingface_tensors.tensors(config).items()
+    }
     assert ours == theirs
     # The other way: the tensors of a leaf fill it exactly.
     leaves = jax.tree_util.tree_flatten_with_path(thinker.param_specs(config), is_leaf=is_spec)[0]
     for path, spec in leaves:
         keys = tuple(entry.key for entry in path)
-        layers = [t for t in huggingface.tensors(config).values() if t.path == keys]
+        layers = [t for t in huggingface_tensors.tensors(config).values() if t.path == keys]
         stacked = layers[0].layer is not None
         assert [t.layer for t in layers] == (list(range(spec.shape[0])) if stacked else [None])
         for tensor in layers:
@@ -282,11 +284,11 @@ def name_on_disk(key: str) -> str:
 
 def test_released_sizes():
     """Parameter counts, against the sizes the checkpoints are known by."""
-    seven = huggingface.tensors(ThinkerConfig.preset("qwen2.5-omni-7b"))
+    seven = huggingface_tensors.tensors(ThinkerConfig.preset("qwen2.5-omni-7b"))
     assert seven["lm_head.weight"].shape_on_disk == (152_064, 3584)
     assert seven["model.layers.27.self_attn.k_proj.weight"].shape_on_disk == (512, 3584)
     assert seven["audio_tower.conv1.weight"].shape_on_disk == (1280, 128, 3)
-    three = huggingface.tensors(ThinkerConfig.preset("qwen2.5-omni-3b"))
+    three = huggingface_tensors.tensors(ThinkerConfig.preset("qwen2.5-omni-3b"))
     assert three["audio_tower.proj.weight"].shape_on_disk == (2048, 1280)
     assert "model.layers.35.mlp.down_proj.weight" in three
 
