@@ -206,7 +206,7 @@ def hidden_states(
         row=jnp.arange(len(num_samples)),
         start=jnp.asarray(prompts.audio_start),
     )
-    x_qpe = thinker.embed_tokens(config, params, prompts.tokens, (recordings,))
+    x_qpe = thinker.embed_tokens(config, params, jnp.asarray(prompts.tokens), (recordings,))
     cut = tuple(
         thinker.AudioClips(
             waveforms=loop.cut_segments(
