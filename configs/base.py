@@ -44,7 +44,7 @@ def _tiny(config: ConfigDict) -> None:
     config.batch_size = 16
     config.naming_tokens = 288
     config.scene_tokens = 208
-    config.total_steps = 450
+    config.total_steps = 400
     config.optimizer.learning_rate = 2e-3
 
 
@@ -54,8 +54,8 @@ def _small(config: ConfigDict) -> None:
     config.naming_tokens = 320
     config.scene_tokens = 816
     # Whole recordings are five times as long as the clips, and few of them do.
-    config.listening.weights = {"naming": 4.0, "choice": 4.0, "caption": 0.5, "presence": 0.5}
-    config.total_steps = 600
+    config.listening.weights = {"naming": 4.0, "choice": 4.0, "caption": 0.4, "presence": 0.4}
+    config.total_steps = 1000
 
 
 def _test(config: ConfigDict) -> None:

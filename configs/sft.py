@@ -58,6 +58,8 @@ def _small(config: ConfigDict) -> None:
     config.data.clip_seconds = 30.0
     config.naming_tokens = 320
     config.batch_size = 8
+    config.listening_fraction = 0.4
+    config.total_steps = 700
 
 
 def _test(config: ConfigDict) -> None:
