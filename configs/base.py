@@ -55,7 +55,7 @@ def _small(config: ConfigDict) -> None:
     config.scene_tokens = 816
     # Whole recordings are five times as long as the clips, and few of them do.
     config.listening.weights = {"naming": 4.0, "choice": 4.0, "caption": 0.4, "presence": 0.4}
-    config.total_steps = 1000
+    config.total_steps = 600
 
 
 def _test(config: ConfigDict) -> None:
