@@ -40,7 +40,7 @@ def best_of(repeats: int, run: Callable[[], T]) -> tuple[T, float]:
     return result, min(times)
 
 
-def _finished(run: Callable[[], T]) -> T:
+def finished(run: Callable[[], T]) -> T:
     """Waits for the device, so that the clock sees the work and not its dispatch."""
     return jax.block_until_ready(run())
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             audio_start=np.full(batch, chat.audio_starts[0], np.int32),
         )
         answer = functools.partial(sampler, params, prompts, jax.random.key(0))
-        rollout, seconds = best_of(args.repeats, functools.partial(_finished, answer))
+        rollout, seconds = best_of(args.repeats, functools.partial(finished, answer))
         begin, end = len(chat.tokens), int(rollout.length[0])
         if rollout.tokens[0, begin:end].tolist() != host.tokens:
             raise SystemExit(f"batch {batch}: the jitted loop and the host loop answer differently")
