@@ -87,6 +87,10 @@ def _tiny(config: ConfigDict) -> None:
 def _small(config: ConfigDict) -> None:
     _tiny(config)
     config.data.clip_seconds = 30.0
+    config.total_steps = 60
+    # At tiny's constant rate the copying of times drifted: fewer segments were cited exactly after GRPO than before.
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.schedule = "cosine"
 
 
 def _test(config: ConfigDict) -> None:

@@ -43,7 +43,7 @@ def param_specs(config: AudioConfig) -> dict:
             "bias": ArraySpec((d,), ("embed",), "zeros"),
         },
         "conv2": {
-            # What conv2 puts out is of order 0.1 with variance 1 / fan-in, and the positions added to it are of order 1:
+            # With variance 1 / fan-in, what conv2 puts out is of order 0.1 and the positions added to it of order 1:
             # the sound was 2 % of the tower's variance, and learning to tell sounds apart began with finding it.
             "kernel": ArraySpec((3, d, d), (None, None, "embed"), "unit"),
             "bias": ArraySpec((d,), ("embed",), "zeros"),
