@@ -193,5 +193,5 @@ def test_a_model_and_a_tokenizer_of_different_vocabularies_are_refused(world):
         audio_bos_id=world.config.audio_eos_id,
         audio_eos_id=world.config.audio_bos_id,
     )
-    with pytest.raises(ValueError, match=r"audio_bos token is \d+ but the tokenizer's is \d+"):
+    with pytest.raises(ValueError, match=r"audio_bos_id is \d+ but the tokenizer's is \d+"):
         Sampler(swapped, world.tokenizer, OPTIONS)
