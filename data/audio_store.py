@@ -40,11 +40,15 @@ class AudioStore:
         self._waves: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, audio_path: str, least_s: float = 0.0) -> np.ndarray:
+    def read(
+        self, audio_path: str, least_s: float = 0.0, most_s: float = float("inf")
+    ) -> np.ndarray:
         """The file's waveform: f32[n], read-only, 16 kHz.
 
         Args:
-          least_s: length that the labels promise; a file that is more than 0.1 s shorter is bad ("truncated").
+          least_s: the labels reach so far; a file that is more than 0.1 s shorter is bad ("truncated").
+          most_s: the labels end there; a file that is more than 0.1 s longer is bad ("overlong"), because what is said
+            of its sounds need not be true of the rest.
 
         Raises:
           AudioFileError: the file cannot be used. It is logged and counted the first time.
@@ -52,12 +56,13 @@ class AudioStore:
         """
         wave = self._decoded(audio_path)
         seconds = len(wave) / SAMPLING_RATE
-        if seconds < least_s - LENGTH_TOLERANCE_S:
-            detail = f"{seconds:.2f} s, its labels reach {least_s:.2f} s"
-            error = AudioFileError(self.root / audio_path, "truncated", detail)
-            self._count_bad(audio_path, error)
-            raise error
-        return wave
+        if least_s - LENGTH_TOLERANCE_S <= seconds <= most_s + LENGTH_TOLERANCE_S:
+            return wave
+        short = seconds < least_s
+        detail = f"{seconds:.2f} s, its labels reach {least_s if short else most_s:.2f} s"
+        error = AudioFileError(self.root / audio_path, "truncated" if short else "overlong", detail)
+        self._count_bad(audio_path, error)
+        raise error
 
     def _decoded(self, audio_path: str) -> np.ndarray:
         with self._lock:

@@ -259,7 +259,7 @@ def load_records(made: tfds.core.DatasetBuilder, split: str) -> RecordSource:
       made: from `builder`, or from `tfds.builder_from_directory` of a dataset that was built.
 
     Raises:
-      ValueError: the dataset was not built, or has no such split.
+      ValueError: the dataset was not built, has no such split, or lacks one of its files.
     """
     name = split.split("[")[0]
     if name not in made.info.splits:
@@ -267,4 +267,11 @@ def load_records(made: tfds.core.DatasetBuilder, split: str) -> RecordSource:
             f"{made.data_dir}: no split {name!r}; build it with python -m data.build, "
             f"splits there: {sorted(made.info.splits)}"
         )
-    return RecordSource(made.as_data_source(split=split))
+    try:
+        return RecordSource(made.as_data_source(split=split))
+    except (RuntimeError, OSError) as error:  # what ArrayRecord raises for a file that is not there
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{made.data_dir}: the records cannot be read ({reason}); delete the folder and make them again with "
+            "python -m data.build"
+        ) from None

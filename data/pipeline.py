@@ -130,10 +130,10 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _check(example: _Example, max_tokens: int, samples: int, clips: int) -> None:
+def _check(example: _Example, max_tokens: int, samples: int, clips: int, field: str) -> None:
     if len(example.chat.tokens) > max_tokens:
         raise TooLong(
-            f"{example.id}: {len(example.chat.tokens)} tokens do not fit max_tokens={max_tokens}; raise it"
+            f"{example.id}: {len(example.chat.tokens)} tokens do not fit {field}={max_tokens}; raise it"
         )
     if len(example.waves) > clips:
         raise TooLong(
@@ -148,8 +148,14 @@ def _check(example: _Example, max_tokens: int, samples: int, clips: int) -> None
 
 
 def _chat_batch(
-    examples: Sequence[_Example], pad_id: int, max_tokens: int, samples: int, clips_per_row: int
+    examples: Sequence[_Example],
+    pad_id: int,
+    max_tokens: int,
+    samples: int,
+    clips_per_row: int,
+    field: str = "max_tokens",
 ) -> Batch:
+    """`field` is the name of the config field that `max_tokens` comes from."""
     rows, slots = len(examples), len(examples) * clips_per_row
     batch: Batch = {
         "tokens": np.full((rows, max_tokens), pad_id, np.int32),
@@ -161,7 +167,7 @@ def _chat_batch(
         "ids": [example.id for example in examples],
     }
     for row, example in enumerate(examples):
-        _check(example, max_tokens, samples, clips_per_row)
+        _check(example, max_tokens, samples, clips_per_row, field)
         chat = example.chat
         batch["tokens"][row, : len(chat.tokens)] = chat.tokens
         batch["loss_mask"][row, : len(chat.tokens)] = chat.loss_mask
@@ -187,7 +193,7 @@ def _prompt_batch(
     }
     for row in range(rows):
         example = examples[row] if row < len(examples) else examples[0]
-        _check(example, max_tokens, samples, 1)
+        _check(example, max_tokens, samples, 1, "max_tokens")
         chat, wave = example.chat, example.waves[0]
         batch["prompt_tokens"][row, : len(chat.tokens)] = chat.tokens
         batch["prompt_length"][row] = len(chat.tokens)
@@ -257,7 +263,7 @@ def _record_example(
 ) -> _Example:
     record = records[0]
     messages = sft_messages(records, prompt) if answer else prompt_messages(record, prompt)
-    wave = store.read(record.audio_path, least_s=record.duration_s)
+    wave = store.read(record.audio_path, record.duration_s, record.duration_s)
     wave = _fit(wave, num_samples_of(record.duration_s))
     return _Example(record.id, _encode(tokenizer, messages, prompt, not answer), (wave,), record)
 
@@ -389,6 +395,7 @@ def base_dataset(
         tokens: int,
         seconds: float,
         slots: int,
+        field: str,
     ) -> grain.IterDataset:
         samples = _up(num_samples_of(seconds), FRAME_SAMPLES)
         mapped = _shuffled(scenes, seed + number, None, True).random_map(_usable(make))
@@ -396,15 +403,19 @@ def base_dataset(
             batch_size,
             drop_remainder=True,
             batch_fn=lambda examples: _chat_batch(
-                examples, tokenizer.pad_id, tokens, samples, slots
+                examples, tokenizer.pad_id, tokens, samples, slots, field
             ),
         )
 
     parts, shares = [], []
     if on_clips > 0:
-        parts.append(batches(clips, 0, naming_tokens, config.max_clip_s, config.naming_turns))
+        parts.append(
+            batches(
+                clips, 0, naming_tokens, config.max_clip_s, config.naming_turns, "naming_tokens"
+            )
+        )
         shares.append(on_clips)
     if on_scenes > 0:
-        parts.append(batches(whole, 1, scene_tokens, scene_seconds, 1))
+        parts.append(batches(whole, 1, scene_tokens, scene_seconds, 1, "scene_tokens"))
         shares.append(on_scenes)
     return parts[0] if len(parts) == 1 else grain.IterDataset.mix(parts, shares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,30 @@ def _choices(value: Any) -> tuple[str, ...]:
 
 
 def _event(value: Mapping[str, Any]) -> Event:
-    return Event(float(value["start_s"]), float(value["end_s"]), _text(value["label"]))
+    return Event(*_span((value["start_s"], value["end_s"])), _text(value["label"]))
+
+
+def _span(value: Any) -> tuple[float, float]:
+    start_s, end_s = (float(time) for time in value)
+    # A NaN fails the comparison too.
+    if not 0.0 <= start_s <= end_s < math.inf:
+        raise ValueError(f"({start_s:g}, {end_s:g}) is not a time span")
+    return start_s, end_s
+
+
+def _duration(value: Any) -> float:
+    duration_s = float(value)
+    if not 0.0 < duration_s < math.inf:
+        raise ValueError(f"{duration_s:g} is not a length in seconds")
+    return duration_s
 
 
 # Every other field is a text.
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "duration_s": float,
+    "duration_s": _duration,
     "choices": _choices,
     "events": lambda value: tuple(_event(event) for event in value),
-    "evidence": lambda value: tuple((float(start), float(end)) for start, end in value),
+    "evidence": lambda value: tuple(_span(span) for span in value),
     "difficulty": int,
 }
 

@@ -10,6 +10,7 @@ Both are read as they are. A row that cannot be used is skipped, named by file a
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -24,6 +25,25 @@ from data.records import EaqaRecord, RecordError
 AUDIO_PLACEHOLDER = "<audio>"
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _CHOICES = re.compile(r"\[\s*['\"].*['\"]\s*\]", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedRow:
+    """A row that no record was made of; `str` is one line that says where and why.
+
+    Attributes:
+      where: "file:line".
+      id, audio_path: as far as the row says them, else "".
+      reason: why.
+    """
+
+    where: str
+    id: str
+    audio_path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 def _text(row: dict[str, Any], field: str) -> str:
@@ -140,7 +160,26 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, RecordError(f"not JSON ({error.msg})")
 
 
-def load_released(path: Path, root: Path) -> tuple[list[EaqaRecord], list[str]]:
+def is_released(path: Path) -> bool:
+    """Whether a file of rows is in a released format; else its rows are records of our own (`EaqaRecord.to_json`).
+
+    Raises:
+      RecordError: no line of it is a JSON object.
+    """
+    for _, row in _rows(path):
+        if isinstance(row, dict):
+            return "messages" in row or "multi_choice" in row
+    raise RecordError(f"{path} is no file of JSON lines: no line of it is a JSON object")
+
+
+def _skipped(where: str, row: Any, reason: str) -> SkippedRow:
+    fields = row if isinstance(row, dict) else {}
+    audios = fields.get("audios")
+    path = fields.get("audio_path") or (audios[0] if isinstance(audios, list) and audios else "")
+    return SkippedRow(where, str(fields.get("id", "")), str(path), reason)
+
+
+def load_released(path: Path, root: Path) -> tuple[list[EaqaRecord], list[SkippedRow]]:
     """Read a file in either released format.
 
     Args:
@@ -148,7 +187,7 @@ def load_released(path: Path, root: Path) -> tuple[list[EaqaRecord], list[str]]:
       root: folder that relative audio paths start from.
 
     Returns:
-      (records, one line "file:line: reason" per row that was left out).
+      (records, the rows that were left out).
 
     Raises:
       RecordError: the file is missing, is a broken JSON list, or gives no record at all.
@@ -157,7 +196,7 @@ def load_released(path: Path, root: Path) -> tuple[list[EaqaRecord], list[str]]:
         raise RecordError(f"{path} is missing")
     source = path.stem
     records: list[EaqaRecord] = []
-    skipped: list[str] = []
+    skipped: list[SkippedRow] = []
     for number, row in _rows(path):
         try:
             if isinstance(row, RecordError):
@@ -169,9 +208,9 @@ def load_released(path: Path, root: Path) -> tuple[list[EaqaRecord], list[str]]:
             else:
                 records.append(rl_record(row, root, source))
         except RecordError as error:
-            skipped.append(f"{path}:{number}: {error}")
+            skipped.append(_skipped(f"{path}:{number}", row, str(error)))
             logging.warning("skipped %s", skipped[-1])
     if not records:
-        reason = skipped[0] if skipped else f"{path}: no rows"
+        reason = str(skipped[0]) if skipped else f"{path}: no rows"
         raise RecordError(f"no usable row; the first: {reason}")
     return records, skipped

@@ -20,6 +20,7 @@ from absl import flags
 
 from data import command_line
 from data.audio_store import TooManyBadFiles
+from echo_jax import huggingface
 from eval import controls, curves, questions, report, results, shared_flags
 from eval.runner import Model, Outcome, Runner, Settings
 
@@ -37,7 +38,8 @@ class AblationRow:
     control: str = "none"
 
     def __post_init__(self) -> None:
-        if not self.letter or any(blank in self.letter for blank in " \t/\n"):
+        # The row's folder has this name.
+        if self.letter in ("", ".", "..") or any(sign in self.letter for sign in " \t/\\\n"):
             raise ValueError(f"row {self.letter!r}: the letter must be one word without a slash")
         controls.get(self.control, self.format)
 
@@ -106,6 +108,9 @@ def run(
         for row in rows
     ]
     asked = questions.load(data, config["split"]).limited(config["limit"])
+    # A wrong path in the last row must not wait for the answers of the others.
+    for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
+        huggingface.resolve(checkpoint)
     runner = Runner(asked, progress)
     outcomes: dict[str, Outcome] = {}
     loaded: tuple[str, Model] | None = None

@@ -21,29 +21,36 @@ class QuestionSet:
         records: in the order of the source.
         audio_root: what their `audio_path` is relative to.
         sha256: of the whole source split, so that a run with a limit is a part of the run without.
-        unusable_at_build: what the data set left out when it was made or read, each with
-            `audio_path` and `reason`; no question is about it.
+        unaskable: questions of the source that cannot be asked, each with `id`, `audio_path` and
+            `reason`; they count as wrong.
+        unusable_at_build: what the data set left out when it was made, each with `audio_path` and
+            `reason`; no question is about it.
     """
 
     name: str
     records: tuple[EaqaRecord, ...]
     audio_root: Path
     sha256: str
+    unaskable: tuple[dict[str, str], ...] = ()
     unusable_at_build: tuple[dict[str, Any], ...] = ()
 
     def limited(self, count: int) -> "QuestionSet":
-        """Returns `count` of the questions, chosen by a hash of their ids; all of them for 0.
+        """Returns `count` of the questions, unaskable ones included, chosen by a hash of their ids; all of them for 0.
 
         The first questions of a file would all be of one kind or of one recording, and the choice
         for a smaller count is part of that for a larger one.
         """
         if count < 0:
             raise ValueError(f"limit must not be negative, got {count}")
-        if count == 0 or count >= len(self.records):
+        every = [record.id for record in self.records] + [row["id"] for row in self.unaskable]
+        if count == 0 or count >= len(every):
             return self
-        chosen = sorted(self.records, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:count]
-        ids = {record.id for record in chosen}
-        return replace(self, records=tuple(r for r in self.records if r.id in ids))
+        ids = set(sorted(every, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+        return replace(
+            self,
+            records=tuple(record for record in self.records if record.id in ids),
+            unaskable=tuple(row for row in self.unaskable if row["id"] in ids),
+        )
 
 
 def load(data: Path, split: str) -> QuestionSet:
@@ -69,19 +76,19 @@ def load(data: Path, split: str) -> QuestionSet:
 
 
 def _from_file(data: Path, split: str) -> QuestionSet:
-    with data.open(encoding="utf-8", errors="replace") as file:
-        head = file.readline()
-    # `cot` is in every record of ours, empty or not, and in no released row.
-    if '"cot"' not in head:
-        records, left_out = released.load_released(data, data.parent)
-        unusable = tuple({"audio_path": "", "reason": line} for line in left_out)
-        return _checked(data.stem, records, data.parent, unusable)
+    if released.is_released(data):
+        records, skipped = released.load_released(data, data.parent)
+        unaskable = tuple(
+            {"id": row.id or row.where, "audio_path": row.audio_path, "reason": str(row)}
+            for row in skipped
+        )
+        return _checked(data.stem, records, data.parent, unaskable=unaskable)
     rows = read_records(data)
     records = [record for record in rows if split in ("all", record.split)]
     if not records:
         there = ", ".join(sorted({record.split for record in rows})) or "none"
         raise ValueError(f"{data}: no question of split {split!r}; splits there: {there}")
-    return _checked(data.stem, records, data.parent, ())
+    return _checked(data.stem, records, data.parent)
 
 
 def _from_folder(data: Path, split: str) -> QuestionSet:
@@ -101,14 +108,25 @@ def _from_folder(data: Path, split: str) -> QuestionSet:
     root = next((path for path in (data, *data.parents) if (path / "tfds").is_dir()), data)
     skipped = root / "skipped.jsonl"
     unusable = tuple(row for _, row in read_jsonl(skipped)) if skipped.is_file() else ()
-    return _checked(root.name, [records[i] for i in range(len(records))], root, unusable)
+    return _checked(
+        root.name, [records[i] for i in range(len(records))], root, unusable_at_build=unusable
+    )
 
 
 def _checked(
-    name: str, records: Sequence[EaqaRecord], root: Path, unusable: tuple[dict[str, Any], ...]
+    name: str,
+    records: Sequence[EaqaRecord],
+    root: Path,
+    unaskable: tuple[dict[str, str], ...] = (),
+    unusable_at_build: tuple[dict[str, Any], ...] = (),
 ) -> QuestionSet:
     digest = hashlib.sha256()
     seen: set[str] = set()
+    for row in unaskable:
+        if row["id"] in seen:
+            raise ValueError(f"{name}: question {row['id']!r} occurs twice; ids must be unique")
+        seen.add(row["id"])
+        digest.update(json.dumps(row["id"]).encode())
     for record in records:
         where = f"{name}: question {record.id!r}"
         if record.id in seen:
@@ -121,4 +139,4 @@ def _checked(
         audio = root / record.audio_path
         size = audio.stat().st_size if audio.is_file() else -1
         digest.update(json.dumps([record.to_json(), size], sort_keys=True).encode())
-    return QuestionSet(name, tuple(records), root, digest.hexdigest(), unusable)
+    return QuestionSet(name, tuple(records), root, digest.hexdigest(), unaskable, unusable_at_build)

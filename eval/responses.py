@@ -12,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 Response = dict[str, Any]
+FIELDS = (
+    "id",
+    "text",
+    "segments",
+    "inserted",
+    "num_tokens",
+    "num_audio_tokens",
+    "finish_reason",
+)
 
 
 class ResponseLog:
@@ -41,6 +50,10 @@ class ResponseLog:
             self._check_run(self._parse(1, lines[0]), run)
         for number, line in enumerate(lines[1:], 2):
             response = self._parse(number, line)
+            if missing := [name for name in FIELDS if name not in response]:
+                raise ValueError(
+                    f"{path}:{number} lacks the field {missing[0]!r}; delete the file to start over"
+                )
             self.responses[response["id"]] = response
         path.parent.mkdir(parents=True, exist_ok=True)
         if len(whole) < len(content):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.records import EaqaRecord
-from eval import grounding, scoring
+from eval import grounding, responses, scoring
 
 Sample = dict[str, Any]
 
@@ -51,17 +51,7 @@ def make_sample(record: EaqaRecord, response: Mapping[str, Any]) -> Sample:
             {"start_s": event.start_s, "end_s": event.end_s, "label": event.label}
             for event in record.events
         ],
-        **{
-            name: response[name]
-            for name in (
-                "text",
-                "segments",
-                "inserted",
-                "num_tokens",
-                "num_audio_tokens",
-                "finish_reason",
-            )
-        },
+        **{name: response[name] for name in responses.FIELDS if name != "id"},
         "answer_text": result.answer_text,
         "choice": result.match.choice,
         "how": result.match.how,

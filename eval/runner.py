@@ -77,6 +77,8 @@ class Settings:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not self.clip_seconds or list(self.clip_seconds) != sorted(set(self.clip_seconds)):
             raise ValueError(f"clip_seconds must be ascending, got {self.clip_seconds}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be 0 to 1, got {self.max_bad_fraction}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -210,7 +212,10 @@ class Runner:
         }
         log = ResponseLog(output / "responses.jsonl", identity)
         planned = list(plan(self.question_set.records, tokenizer, settings))
-        skipped: list[dict[str, str]] = []
+        skipped = [dict(row) for row in self.question_set.unaskable]
+        for row in skipped:
+            self._report(f"not asked: {row['id']}: {row['reason']}")
+        self._check_skipped(skipped, settings)
         began, asked_before = time.monotonic(), len(log.responses)
         for batch in planned:
             open_records = [record for record in batch.records if record.id not in log.responses]
@@ -263,7 +268,7 @@ class Runner:
         for record in records:
             wanted = pipeline.num_samples_of(record.duration_s)
             try:
-                wave = self.store.read(record.audio_path, least_s=record.duration_s)
+                wave = self.store.read(record.audio_path, record.duration_s, record.duration_s)
             except AudioFileError as error:
                 skipped.append(
                     {"id": record.id, "audio_path": record.audio_path, "reason": error.reason}
@@ -273,13 +278,17 @@ class Runner:
             fitted = np.zeros(wanted, np.float32)
             fitted[: len(wave)] = wave[:wanted]
             waves[record.id] = fitted
-        if len(skipped) > settings.max_bad_fraction * len(self.question_set.records):
-            raise ValueError(
-                f"the recordings of {len(skipped)} of {len(self.question_set.records)} questions are "
-                f"unusable, more than max_bad_fraction={settings.max_bad_fraction:g} allows; the "
-                f"first is {skipped[0]['audio_path']} ({skipped[0]['reason']})"
-            )
+        self._check_skipped(skipped, settings)
         return waves
+
+    def _check_skipped(self, skipped: Sequence[Mapping[str, str]], settings: Settings) -> None:
+        total = len(self.question_set.records) + len(self.question_set.unaskable)
+        if len(skipped) > settings.max_bad_fraction * total:
+            raise ValueError(
+                f"{len(skipped)} of {total} questions cannot be asked, more than "
+                f"max_bad_fraction={settings.max_bad_fraction:g} allows; the first is "
+                f"{skipped[0]['id']}: {skipped[0]['audio_path']} ({skipped[0]['reason']})"
+            )
 
     def _progress(self, log: ResponseLog, num_skipped: int, before: int, began: float) -> None:
         # Scored anew each time: thousands of short texts take milliseconds, a batch takes seconds.
@@ -290,9 +299,10 @@ class Runner:
         ]
         found = results.summarize(scored, [])
         rate = (len(scored) - before) / max(time.monotonic() - began, 1e-9)
-        left = len(self.question_set.records) - num_skipped - len(scored)
+        total = len(self.question_set.records) + len(self.question_set.unaskable)
+        left = total - num_skipped - len(scored)
         self._report(
-            f"answered {len(scored)}/{len(self.question_set.records)}  accuracy "
+            f"answered {len(scored)}/{total}  accuracy "
             f"{100 * found['accuracy']:.1f} %  parsed {100 * found['parse_rate']:.1f} %  "
             f"{rate:.2f} answers/s  ETA {left / rate:.0f} s"
         )

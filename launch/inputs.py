@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+from absl import logging
 from ml_collections import ConfigDict
 
 from data import eaqa_builder, pipeline, released
@@ -46,11 +47,8 @@ def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
     if not source.exists():
         raise FileNotFoundError(f"config.data.records={config.data.records!r} does not exist")
     if source.is_file():
-        with source.open(encoding="utf-8", errors="replace") as file:
-            head = file.readline()
-        # `cot` is in every record of ours, empty or not, and in no released row.
-        if '"cot"' not in head:
-            return released.load_released(source, root)[0]
+        if released.is_released(source):
+            return _released_records(source, root, config)
         chosen = [
             record for record in read_records(source) if config.data.split in ("all", record.split)
         ]
@@ -66,6 +64,24 @@ def load_records(config: ConfigDict) -> Sequence[EaqaRecord]:
             f"{source} holds {len(found)} datasets; set config.data.records to one of: {names}"
         )
     return eaqa_builder.load_records(tfds.builder_from_directory(str(found[0])), config.data.split)
+
+
+def _released_records(source: Path, root: Path, config: ConfigDict) -> list[EaqaRecord]:
+    if config.data.split not in ("all", "train"):
+        raise ValueError(
+            f"{source}: rows in a released format have no splits, so config.data.split={config.data.split!r} takes "
+            "none of them; leave it at 'train'"
+        )
+    records, skipped = released.load_released(source, root)
+    total = len(records) + len(skipped)
+    if len(skipped) > config.data.max_bad_fraction * total:
+        raise ValueError(
+            f"{len(skipped)} of {total} rows are unusable, more than config.data.max_bad_fraction="
+            f"{config.data.max_bad_fraction:g} allows; the first is {skipped[0]}"
+        )
+    if skipped:
+        logging.warning("%s: %d of %d rows left out", source, len(skipped), total)
+    return records
 
 
 def load_scenes(config: ConfigDict) -> list[Scene]:
@@ -109,21 +125,21 @@ def clip_samples(config: ConfigDict) -> int:
     return -(-samples // pipeline.FRAME_SAMPLES) * pipeline.FRAME_SAMPLES
 
 
-def _store(config: ConfigDict, num_files: int) -> AudioStore:
-    return AudioStore(
-        data_root(config),
-        max_bytes=config.data.cache_bytes,
-        max_bad=int(config.data.max_bad_fraction * num_files),
-    )
+def _store(config: ConfigDict, paths: set[str]) -> AudioStore:
+    """One store for all that a run reads: a file is decoded, counted and kept once."""
+    # With no usable file at all the endless batches would wait for ever.
+    most = min(int(config.data.max_bad_fraction * len(paths)), len(paths) - 1)
+    return AudioStore(data_root(config), max_bytes=config.data.cache_bytes, max_bad=most)
 
 
-def _listening(config: ConfigDict, tokenizer: Tokenizer) -> grain.IterDataset:
+def _listening(
+    config: ConfigDict, scenes: Sequence[Scene], store: AudioStore, tokenizer: Tokenizer
+) -> grain.IterDataset:
     """Batches of the base stage."""
-    scenes = load_scenes(config)
     _check_size(len(scenes), config.batch_size, "scenes", config)
     return pipeline.base_dataset(
         scenes,
-        _store(config, len(scenes)),
+        store,
         tokenizer,
         config=ListeningConfig(**config.listening.to_dict()),
         vocabulary=vocabulary_of(scenes),
@@ -141,8 +157,11 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
     Raises:
         ValueError: fewer examples than a batch holds.
     """
+    repeats = config.stage == "sft" and config.listening_fraction > 0
+    scenes = load_scenes(config) if config.stage == "base" or repeats else []
+    scene_paths = {scene.audio_path for scene in scenes}
     if config.stage == "base":
-        return iter(_listening(config, tokenizer))
+        return iter(_listening(config, scenes, _store(config, scene_paths), tokenizer))
     records = load_records(config)
     size = config.batch_size if config.stage == "sft" else config.queries_per_step
     if config.stage == "sft":
@@ -156,7 +175,7 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
         "clip_seconds": config.data.clip_seconds,
         "seed": config.seed,
     }
-    store = _store(config, len({record.audio_path for record in records}))
+    store = _store(config, scene_paths | {record.audio_path for record in records})
     if config.stage == "sft":
         dataset = pipeline.sft_dataset(
             records,
@@ -166,9 +185,10 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
             questions_per_chat=config.questions_per_chat,
             **common,
         )
-        if config.listening_fraction:
+        if repeats:
             shares = [1.0 - config.listening_fraction, config.listening_fraction]
-            dataset = grain.IterDataset.mix([dataset, _listening(config, tokenizer)], shares)
+            chats_of_base = _listening(config, scenes, store, tokenizer)
+            dataset = grain.IterDataset.mix([dataset, chats_of_base], shares)
     else:
         dataset = pipeline.prompt_dataset(
             records, store, tokenizer, max_prompt_tokens=config.data.max_tokens, **common

@@ -9,7 +9,7 @@ import soundfile
 from data import pipeline
 from data.audio_store import AudioStore
 from data.records import RecordError
-from data.released import load_released
+from data.released import is_released, load_released
 from echo_jax.text.tokenizer import Tokenizer
 
 COT = "<think>At <seg>0.1, 0.6</seg>, a bell.</think><answer>bell</answer>"
@@ -78,8 +78,18 @@ def test_broken_rows_are_named_and_the_rest_is_kept(folder):
     path = _write(folder, *broken, RL_ROW, SFT_ROW)
     records, skipped = load_released(path, folder)
     assert len(records) == 2
-    assert [line.split(": ")[0] for line in skipped] == [f"{path}:{n}" for n in range(1, 9)]
+    assert [row.where for row in skipped] == [f"{path}:{n}" for n in range(1, 9)]
+    assert (skipped[4].id, skipped[4].audio_path) == ("7", "gone.wav")
+    assert str(skipped[2]).startswith(f"{path}:3: answer 'horn' is 0 times among the choices")
     with pytest.raises(RecordError, match=r"no usable row.*rows\.jsonl:1: not JSON"):
         load_released(_write(folder, *broken), folder)
     with pytest.raises(RecordError, match="is missing"):
         load_released(folder / "none.jsonl", folder)
+
+
+def test_the_format_of_a_file_is_told_by_its_first_row(folder):
+    assert is_released(_write(folder, "", "{not json", RL_ROW))
+    assert is_released(_write(folder, json.dumps([SFT_ROW])))
+    assert not is_released(_write(folder, "", {"id": "ours"}))
+    with pytest.raises(RecordError, match="no line of it is a JSON object"):
+        is_released(_write(folder, "# Read me", "some words"))

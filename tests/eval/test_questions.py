@@ -69,6 +69,26 @@ def test_missing_things_are_named(tmp_path, data):
         questions.load(tmp_path / "bad.jsonl", "test")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evidence": [[3, 1]]},
+            r"record 'q1': field 'evidence' is wrong: \(3, 1\) is not a time span",
+        ),
+        ({"evidence": [[float("nan"), 1]]}, "'evidence' is wrong"),
+        ({"duration_s": float("inf")}, "'duration_s' is wrong: inf is not a length"),
+        ({"duration_s": 0}, "'duration_s' is wrong: 0 is not a length"),
+        ({"events": [{"start_s": 2, "end_s": 1, "label": "x"}]}, "'events' is wrong"),
+    ],
+)
+def test_times_that_make_no_sense_are_named_before_anything_is_asked(tmp_path, changes, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({**make_record(1).to_json(), **changes}) + "\n")
+    with pytest.raises(ValueError, match=rf"q\.jsonl:1: .*{message}"):
+        questions.load(path, "test")
+
+
 def test_a_file_in_the_released_format(data):
     rows = [
         {
@@ -85,8 +105,14 @@ def test_a_file_in_the_released_format(data):
     found = questions.load(path, "test")
     assert [record.id for record in found.records] == ["r1", "r2"]
     assert found.records[0].duration_s == pytest.approx(2.25)
-    assert len(found.unusable_at_build) == 1
-    assert "99.wav" in found.unusable_at_build[0]["reason"]
+    (unaskable,) = found.unaskable
+    assert (unaskable["id"], unaskable["audio_path"]) == ("r99", "audio/99.wav")
+    assert f"{path}:3: audio file audio/99.wav" in unaskable["reason"]
+    # It is a question like the others: a limit may take it, and another set of them is another hash.
+    one = [found.limited(1), found.limited(2)]
+    assert [len(part.records) + len(part.unaskable) for part in one] == [1, 2]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert questions.load(path, "test").sha256 != found.sha256
 
 
 def test_a_folder_that_data_build_wrote(tmp_path):

@@ -2,13 +2,21 @@ import json
 
 import pytest
 
-from eval.responses import ResponseLog
+from eval.responses import FIELDS, ResponseLog
 
 RUN = {"model": "a", "choices": (1, 2)}
 
 
 def response(number, text="é </script>"):
-    return {"id": f"q{number}", "text": text}
+    empty = dict.fromkeys(FIELDS, 0)
+    return {**empty, "id": f"q{number}", "text": text}
+
+
+def test_a_response_without_a_field_is_named(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    ResponseLog(path, RUN).add([response(1), {"id": "q2"}])
+    with pytest.raises(ValueError, match=r"responses.jsonl:3 lacks the field 'text'"):
+        ResponseLog(path, RUN)
 
 
 def test_what_was_added_is_there_again(tmp_path):

@@ -177,25 +177,51 @@ def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, setting
     (data.parent / "audio" / "2.wav").write_bytes(b"RIFF")
     (data.parent / "audio" / "4.wav").unlink()
     soundfile.write(data.parent / "audio" / "6.wav", np.ones(16_000), 16_000)
+    soundfile.write(data.parent / "audio" / "10.wav", np.ones(80_000), 16_000)
     cut = data.parent / "audio" / "8.wav"
     cut.write_bytes(cut.read_bytes()[:-2])
     said = []
     one = Runner(questions.load(data, "test"), report=said.append)
     found = one.ask(FakeSampler(tokenizer), tokenizer, settings(), tmp_path / "out", FACTS).results
     assert found["num_questions"] == 11
-    assert found["num_answered"] == 7
+    assert found["num_answered"] == 6
     assert {(s["id"], s["reason"]) for s in found["skipped"]} == {
         ("q2", "unreadable"),
         ("q4", "missing"),
         ("q6", "truncated"),
         ("q8", "truncated"),
+        ("q10", "overlong"),
     }
     assert found["accuracy"] == pytest.approx(found["num_correct"] / 11)
-    assert sum("not asked: q" in line for line in said) == 4
-    with pytest.raises(ValueError, match=r"recordings of \d of 11 questions are unusable.*2.wav"):
+    assert sum("not asked: q" in line for line in said) == 5
+    with pytest.raises(ValueError, match=r"\d of 11 questions cannot be asked.*2.wav"):
         one.ask(
             FakeSampler(tokenizer), tokenizer, settings(max_bad_fraction=0.0), tmp_path / "b", FACTS
         )
+
+
+def test_rows_that_give_no_question_count_as_wrong(data, tokenizer, settings, tmp_path):
+    rows = [
+        {
+            "id": f"r{number}",
+            "audio_path": f"audio/{number}.wav",
+            "question": "Which?",
+            "multi_choice": ["a bell", "a dog"],
+            "answer": "a bell",
+        }
+        for number in (1, 2, 77, 88)
+    ]
+    path = data.parent / "released.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = Runner(questions.load(path, "test"), report=lambda line: None)
+    found = one.ask(FakeSampler(tokenizer), tokenizer, settings(), tmp_path / "out", FACTS).results
+    assert (found["num_questions"], found["num_answered"], found["num_skipped"]) == (4, 2, 2)
+    assert {skip["id"] for skip in found["skipped"]} == {"r77", "r88"}
+    assert found["accuracy"] == found["num_correct"] / 4
+    fake = FakeSampler(tokenizer)
+    with pytest.raises(ValueError, match=r"2 of 4 questions cannot be asked.*r77"):
+        one.ask(fake, tokenizer, settings(max_bad_fraction=0.4), tmp_path / "b", FACTS)
+    assert not fake.batches
 
 
 def test_controls_change_what_is_heard_and_nothing_else(quiet, tokenizer, settings, tmp_path):
