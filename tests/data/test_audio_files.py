@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from data import audio_files
 from data.audio_files import AudioFileError, read_audio
 from data.audio_store import AudioStore, TooManyBadFiles
 
@@ -34,6 +35,7 @@ def test_each_kind_of_bad_file_is_named(tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(16_000), 16_000)
     soundfile.write(tmp_path / "overlong.wav", _tone(16_000, 3.0), 16_000)
     soundfile.write(tmp_path / "non-finite.wav", np.full(99, np.nan), 16_000, "FLOAT")
+    soundfile.write(tmp_path / "out-of-range.wav", np.full(99, 2e4), 16_000, "FLOAT")
     (tmp_path / "unreadable.wav").write_bytes(b"RIFF but not really")
     soundfile.write(tmp_path / "truncated.wav", _tone(16_000), 16_000)
     _cut(tmp_path / "truncated.wav", 10_000)
@@ -44,6 +46,31 @@ def test_each_kind_of_bad_file_is_named(tmp_path):
         assert caught.value.reason == reason
         assert str(path) in str(caught.value)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_folder_is_not_called_missing(tmp_path):
+    with pytest.raises(AudioFileError, match=r"unreadable audio file \(it is a folder"):
+        read_audio(tmp_path)
+
+
+def test_silence_is_judged_after_mixing_down(tmp_path):
+    path = tmp_path / "a.wav"
+    tone = np.round(_tone(16_000) * 32_000).astype(np.int16)
+    # Antiphase, and one channel's rounding is one step off: half a step is left.
+    soundfile.write(path, np.stack([tone, 1 - tone], 1), 16_000)
+    with pytest.raises(AudioFileError, match=r"silent.*its channels cancel each other"):
+        read_audio(path)
+    soundfile.write(path, np.array([0, 1, 0, -1] * 4_000, np.int16), 16_000)
+    assert np.abs(read_audio(path)).max() == 1 / 32_768
+
+
+def test_whole_numbers_stored_as_floats_are_out_of_range(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, _tone(16_000) * 1e5, 16_000, "FLOAT")
+    with pytest.raises(AudioFileError, match=r"samples reach 3e\+04, full scale is 1"):
+        read_audio(path)
+    soundfile.write(path, _tone(16_000) * 100, 16_000, "FLOAT")
+    assert np.abs(read_audio(path)).max() > 29
 
 
 def _cut(path: Path, size: int) -> None:
@@ -65,11 +92,15 @@ def _set_size(path: Path, chunk: bytes, size: int) -> None:
         (16_000, {"endian": "BIG"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
         (16_000, {"format": "WAVEX"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
         (16_000, {"subtype": "IMA_ADPCM"}, "s (8192 bytes), the file holds 0.02 s (192)"),
+        (16_000, {"format": "RF64"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
+        (16_000, {"format": "W64"}, r"promises 1.00 s (32000 bytes), the file holds 0.75 s"),
+        # 8 bytes before the samples count.
+        (16_000, {"format": "AIFF"}, r"promises 32008 bytes, the file holds 24008"),
     ],
 )
 def test_a_wav_file_that_ends_too_soon_is_truncated(tmp_path, rate, how, message):
     path = tmp_path / "a.wav"
-    soundfile.write(path, _tone(rate), rate, **how)
+    soundfile.write(path, _tone(rate), rate, **({"format": "WAV"} | how))
     assert len(read_audio(path)) >= 16_000
     _cut(path, 8_000)
     with pytest.raises(AudioFileError, match=re.escape(message)) as caught:
@@ -100,6 +131,27 @@ def test_headers_of_streams_are_read_to_the_end(tmp_path, whole, samples):
     _set_size(path, b"RIFF", whole)
     _set_size(path, b"data", samples)
     assert len(read_audio(path)) == 16_000
+
+
+def test_an_rf64_or_w64_stream_is_read_to_the_end(tmp_path):
+    path = tmp_path / "a.wav"
+    for form, begin in (("RF64", 28), ("W64", None)):
+        soundfile.write(path, _tone(16_000), 16_000, format=form)
+        content = path.read_bytes()
+        begin = content.index(b"data") + 16 if begin is None else begin
+        for size in (0, (1 << 64) - 1):
+            path.write_bytes(content[:begin] + struct.pack("<Q", size) + content[begin + 8 :])
+            assert audio_files._check_complete(path) is None
+
+
+def test_an_mp3_file_that_ends_before_its_count_of_frames_is_truncated(tmp_path):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, _tone(16_000, 4.0), 16_000)
+    whole = len(read_audio(path))
+    assert whole >= 64_000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioFileError, match=r"its header promises 4\.00 s, the file holds"):
+        read_audio(path)
 
 
 def test_chunks_around_the_samples_are_passed_over(tmp_path):
