@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data import wordings
+from data.fields import check_number
 from data.records import KINDS, Scene
 
 Rng = np.random.Generator
@@ -61,15 +62,22 @@ class QuestionConfig:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
+        check_number("questions.seed", self.seed, 0, whole=True)
+        check_number("questions.per_scene", self.per_scene, 1, whole=True)
+        for kind, weight in self.kinds.items():
             if kind not in KINDS:
                 raise ValueError(f"questions.kinds.{kind} is unknown; use {list(KINDS)}")
+            check_number(f"questions.kinds.{kind}", weight, 0)
+        if not any(self.kinds.values()):
+            raise ValueError("questions.kinds asks for nothing; give one kind or more a weight")
         if self.style not in STYLES:
             raise ValueError(f"questions.style {self.style!r} is unknown; use {list(STYLES)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"questions.strategy {self.strategy!r}: use {list(STRATEGIES)}")
-        if not 2 <= self.min_choices <= self.num_choices:
-            raise ValueError("questions: 2 <= min_choices <= num_choices is required")
+        check_number("questions.min_choices", self.min_choices, 2, whole=True)
+        check_number("questions.num_choices", self.num_choices, self.min_choices, whole=True)
+        check_number("questions.max_citations", self.max_citations, 1, whole=True)
+        check_number("questions.ordinals", self.ordinals, 1, len(wordings.ORDINALS), whole=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,25 @@ def test_bad_fields_are_named():
         drafts.QuestionConfig(kinds={"colour": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, "must be a whole number of at least 0, got -1"),
+        ("per_scene", 0, "must be a whole number of at least 1, got 0"),
+        ("kinds", {"span": -1.0}, ".span must be a number of at least 0, got -1.0"),
+        ("kinds", {"span": 0.0}, " asks for nothing"),
+        ("min_choices", 1, "must be a whole number of at least 2, got 1"),
+        ("num_choices", 3, "must be a whole number of at least 4, got 3"),
+        ("max_citations", 0, "must be a whole number of at least 1, got 0"),
+        ("ordinals", 10, "must be a whole number from 1 to 9, got 10"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field(field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        drafts.QuestionConfig(**{field: value})
+    assert str(caught.value).startswith(f"questions.{field}")
+
+
 def test_text_alone_does_not_give_the_answer():
     """Majority over the choices' text, their set and their order, learned on other scenes, stays near chance."""
     config = drafts.QuestionConfig(kinds=ALL_KINDS, per_scene=4)
