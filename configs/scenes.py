@@ -33,7 +33,7 @@ def get_config(arg: str = "tiny") -> ml_collections.ConfigDict:
     """Config of one data set; `arg` is "tiny", "small" or "test"."""
     config = ml_collections.ConfigDict()
     config.num_processes = 2
-    # Share of the files that may be unreadable, empty, silent or overlong before the build stops.
+    # Share of the files, and of the recordings in them, that may be unusable before the build stops; in [0, 1).
     config.max_bad_fraction = 0.02
     config.max_seconds = 300.0
 

@@ -18,6 +18,7 @@ from absl import flags, logging
 from data import eaqa_builder, scenes
 from data.command_line import define_config, run
 from data.drafts import QuestionConfig
+from data.fields import check_number
 
 PROGRAM = "data.build"
 
@@ -26,26 +27,42 @@ def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Write the scenes and records of `config` under `root`.
 
     Returns:
-      {"scenes": {"written", "kept"}, "records": {split: count}, "skipped": count, "directory": of the records}.
+      {"scenes": {"written", "kept"}, "records": {split: count}, "skipped": count, "skipped_recordings": count,
+      "directory": of the records}.
 
     Raises:
-      ValueError: a config field is wrong, or `root` holds another config's scenes.
+      ValueError: a config field is wrong, `root` holds another config's scenes, or recordings are unusable.
       TooManySkipped: more files than `config["max_bad_fraction"]` are unusable.
     """
     scene_config = scenes.SceneConfig.from_mapping(config["scenes"])
     questions = QuestionConfig.from_mapping(config["questions"])
+    max_bad_fraction = config["max_bad_fraction"]
+    check_number("num_processes", config["num_processes"], 1, whole=True)
+    check_number("max_bad_fraction", max_bad_fraction, 0)
+    if max_bad_fraction >= 1:
+        raise ValueError(f"max_bad_fraction must be less than 1, got {max_bad_fraction!r}")
+    check_number("max_seconds", config["max_seconds"], 0.1)
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:
         rate = done / max(time.monotonic() - began, 1e-6)
         logging.log_every_n_seconds(logging.INFO, "scenes %d / %d, %.1f/s", 5, done, total, rate)
 
-    written = scenes.write_scenes(scene_config, root, config["num_processes"], progress)
-    made = eaqa_builder.builder(root, questions, config["max_bad_fraction"], config["max_seconds"])
-    counts = eaqa_builder.build_records(made)
-    skipped = root / "skipped.jsonl"
-    lines = skipped.read_text().count("\n") if skipped.exists() else 0
-    return {"scenes": written, "records": counts, "skipped": lines, "directory": made.data_dir}
+    written = scenes.write_scenes(
+        scene_config, root, config["num_processes"], progress, max_bad_fraction
+    )
+    made = eaqa_builder.builder(root, questions, max_bad_fraction, config["max_seconds"])
+    return {
+        "scenes": written,
+        "records": eaqa_builder.build_records(made),
+        "skipped": _count_lines(root / "skipped.jsonl"),
+        "skipped_recordings": _count_lines(root / scenes.SKIPPED_RECORDINGS),
+        "directory": made.data_dir,
+    }
+
+
+def _count_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def define(values: flags.FlagValues) -> None:
@@ -65,6 +82,9 @@ def make(values: flags.FlagValues) -> None:
     print(f"scenes: {result['scenes']['written']} written, {result['scenes']['kept']} kept")
     print("records: " + ", ".join(f"{split} {n}" for split, n in result["records"].items()))
     print(f"skipped audio files: {result['skipped']} (named in {root / 'skipped.jsonl'})")
+    if result["skipped_recordings"]:
+        named = root / scenes.SKIPPED_RECORDINGS
+        print(f"recordings left out: {result['skipped_recordings']} (named in {named})")
     print(f"stored in {result['directory']}")
 
 

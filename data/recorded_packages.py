@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from data.audio_files import AudioFileError, read_audio
-from data.recordings import EXTENSIONS
+from data.recordings import EXTENSIONS, Recordings
 
 OUT = flags.DEFINE_string("out", None, "Folder to write the recordings to.")
 PREFIX = flags.DEFINE_string("prefix", "/", "Folder that stands for the root of the file system.")
@@ -219,9 +219,13 @@ def main(argv: list[str]) -> None:
     if not counts:
         names = "tuxpaint-stamps-default gcompris-qt-data lincity-ng-data sonic-pi-samples"
         raise SystemExit(f"data.recorded_packages: nothing found; install one of {names}")
+    index = Recordings.load(Path(str(OUT.value)))
     for label, count in sorted(counts.items()):
-        print(f"{count:4d}  {label}")
+        print(f"{count:4d}  {label} ({index.describe(label)})")
     print(f"{sum(counts.values())} recordings of {len(counts)} classes, {len(bad)} left out")
+    for splits in (("train", "test"), ("train", "validation", "test")):
+        usable = [label for label in index.labels(splits) if label in counts]
+        print(f"{len(usable)} classes have recordings in each of {', '.join(splits)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ turns a plan into a waveform. Labels come from the plans, so they never need the
     audioset_<split>_strong.tsv    segment_id, start_time_seconds, end_time_seconds, label (a mid)
     mid_to_display_name.tsv        mid, display name (no header, as AudioSet has it)
     recordings_<split>.tsv         segment_id, file, duration_seconds, sampling_rate, channels, origin
-    scenes.json                    the config that made them
+    scenes.json                    the config that made them, and a hash of the recordings in them
+    skipped_recordings.jsonl       recordings that were left out, and why (with `recordings_root` only)
 """
 
 from __future__ import annotations
@@ -29,11 +30,16 @@ import scipy.fft
 import soundfile
 
 from data import recordings, sounds
-from data.records import Event, Scene
+from data.fields import check_choices, check_number, check_span, check_tenths
+from data.records import Event, Scene, write_jsonl
 
 SPLITS = tuple(sounds.SPLIT_BANDS)
 NOISE_SLOPES = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # amplitude falls as f ** -slope
 RENDER_CHUNK = 32
+# Sounds reach up to 7.5 kHz; what is beyond the highest no player knows.
+SAMPLING_RATES = (16_000, 192_000)
+FILE_FORMATS = ("wav", "flac")
+SKIPPED_RECORDINGS = "skipped_recordings.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,33 +95,69 @@ class SceneConfig:
         return cls(**plain)
 
     def __post_init__(self) -> None:
+        check_number("scenes.seed", self.seed, 0, whole=True)
         if unknown := [s for s in self.counts if s not in SPLITS]:
             raise ValueError(f"scenes.counts.{unknown[0]} is not a split; use {list(SPLITS)}")
-        for kind in self.noise_kinds:
-            if kind not in NOISE_SLOPES:
-                raise ValueError(f"scenes.noise_kinds: {kind!r} is not in {sorted(NOISE_SLOPES)}")
-        if not self.recordings_root:
-            for name in self.classes:
-                if name not in sounds.LIBRARY:
-                    raise ValueError(f"scenes.classes: {name!r} is not in the sound library")
+        for split, count in self.counts.items():
+            check_number(f"scenes.counts.{split}", count, 0, whole=True)
+        check_span("scenes.duration_s", self.duration_s, 0)
+        check_span("scenes.event_s", self.event_s, 0.2)
+        check_span("scenes.num_events", self.num_events, 1, whole=True)
+        check_number("scenes.min_gap_s", self.min_gap_s, 0)
+        check_tenths("scenes.duration_s", *self.duration_s)
+        check_tenths("scenes.event_s", *self.event_s)
+        check_tenths("scenes.min_gap_s", self.min_gap_s)
+        check_number("scenes.overlap_probability", self.overlap_probability, 0, 1)
+        check_number("scenes.repeat_probability", self.repeat_probability, 0, 1)
+        check_span("scenes.event_db", self.event_db)
+        check_span("scenes.snr_db", self.snr_db)
+        if self.noise_kinds != ():
+            check_choices("scenes.noise_kinds", self.noise_kinds, NOISE_SLOPES)
+        check_choices("scenes.file_formats", self.file_formats, FILE_FORMATS)
+        check_choices("scenes.channels", self.channels, (1, 2))
+        if not isinstance(self.sampling_rates, tuple) or not self.sampling_rates:
+            raise ValueError(
+                f"scenes.sampling_rates must name one or more rates in Hz, got {self.sampling_rates!r}"
+            )
+        for rate in self.sampling_rates:
+            check_number("scenes.sampling_rates: each", rate, *SAMPLING_RATES, whole=True)
+        self._check_classes()
         longest = max([self.event_s[1]] + [_min_seconds(c) for c in self.class_names])
         needed = self.num_events[1] * (longest + self.min_gap_s)
-        if self.num_events[0] < 1 or self.event_s[0] < 0.2 or needed > self.duration_s[0]:
+        if needed > self.duration_s[0]:
             raise ValueError(
                 f"scenes: {self.num_events[1]} events of up to {longest:g} s with gaps of {self.min_gap_s:g} s "
-                f"need {needed:.1f} s, but duration_s starts at {self.duration_s[0]:g} s; events last >= 0.2 s"
+                f"need {needed:.1f} s, but duration_s starts at {self.duration_s[0]:g} s"
             )
-        classes = len(self.class_names)
-        if classes < 2 or (not self.repeat_probability and self.num_events[1] > classes):
-            raise ValueError("scenes.num_events exceeds the number of classes; allow repeats")
+
+    def _check_classes(self) -> None:
+        if not isinstance(self.classes, tuple):
+            raise ValueError(f"scenes.classes must be a list of names, got {self.classes!r}")
+        for i, name in enumerate(self.classes):
+            if name in self.classes[:i]:
+                raise ValueError(f"scenes.classes: {name!r} is there twice; name each class once")
+            if not self.recordings_root and name not in sounds.LIBRARY:
+                raise ValueError(f"scenes.classes: {name!r} is not in the sound library")
+        if len(self.class_names) < 2:
+            raise ValueError(f"scenes.classes: name two or more, got {list(self.classes)}")
+        if not self.repeat_probability and self.num_events[1] > len(self.class_names):
+            raise ValueError(
+                f"scenes.num_events: {self.num_events[1]} exceeds the number of classes, {len(self.class_names)}; "
+                "ask for fewer or allow repeats (scenes.repeat_probability)"
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes in use, the whole library if none were named."""
         return self.classes or tuple(sounds.LIBRARY)
 
+    @property
+    def recorded_classes(self) -> tuple[str, ...]:
+        """The classes whose sounds are real recordings."""
+        return tuple(name for name in self.class_names if name not in sounds.LIBRARY)
+
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides a scene's content (not how many there are)."""
+        """The fields that decide a scene's content (not how many there are)."""
         fields = dataclasses.asdict(self)
         del fields["counts"]
         return json.loads(json.dumps(fields))
@@ -249,11 +291,8 @@ def render_scene(plan: ScenePlan, source: recordings.Recordings | None = None) -
     return wave * min(1.0, 0.98 / max(float(np.abs(wave).max()), 1e-9))
 
 
-def _write_chunk(root: Path, config: SceneConfig, plans: list[ScenePlan]) -> int:
+def _write_chunk(root: Path, plans: list[ScenePlan], source: recordings.Recordings | None) -> int:
     """Render what is not there yet; a file appears under its name only when it is complete."""
-    source = (
-        recordings.Recordings.load(Path(config.recordings_root)) if config.recordings_root else None
-    )
     written = 0
     for plan in plans:
         path = root / plan.scene.audio_path
@@ -268,16 +307,44 @@ def _write_chunk(root: Path, config: SceneConfig, plans: list[ScenePlan]) -> int
     return written
 
 
-def _check_recordings(config: SceneConfig) -> None:
+def _check_stamp(stamp: Path, made_from: Mapping[str, Any]) -> None:
+    """Raises ValueError if the scenes there were made from something else, or if nobody can tell."""
+    if not stamp.exists():
+        return
+    try:
+        there = json.loads(stamp.read_text())
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(
+            f"{stamp} is damaged, so what its scenes were made from is not known; "
+            f"restore it, or give another root or remove {stamp.parent}"
+        )
+    names = dict.fromkeys([*made_from, *there])
+    changed = [name for name in names if made_from.get(name) != there.get(name)]
+    if changed == ["recordings"]:
+        raise ValueError(
+            f"{stamp} was made with other recordings than {made_from['recordings_root']} now holds for its classes; "
+            f"restore them, or give another root or remove {stamp.parent}"
+        )
+    if changed:
+        raise ValueError(
+            f"{stamp} was made by another config (scenes.{changed[0]} differs); "
+            f"give another root or remove {stamp.parent}"
+        )
+
+
+def _check_recordings(config: SceneConfig, source: recordings.Recordings) -> None:
     """Every class that is not synthetic needs a recording in each split that has scenes."""
     splits = [split for split, count in config.counts.items() if count]
-    usable = recordings.Recordings.load(Path(config.recordings_root)).labels(splits)
-    for name in config.class_names:
-        if name not in sounds.LIBRARY and name not in usable:
-            raise ValueError(
-                f"scenes.classes: {name!r} is not in the sound library and has no recordings in each of "
-                f"{splits} under {config.recordings_root}; usable there: {usable}"
-            )
+    usable = source.labels(splits)
+    lacking = [name for name in config.recorded_classes if name not in usable]
+    if lacking:
+        each = "; ".join(f"{name!r} ({source.describe(name)})" for name in lacking)
+        raise ValueError(
+            f"scenes.classes: not in the sound library, and without recordings in each of {splits} under "
+            f"{config.recordings_root}: {each}; take them out or add recordings; usable: {usable}"
+        )
 
 
 def write_scenes(
@@ -285,45 +352,56 @@ def write_scenes(
     root: Path,
     num_processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    max_bad_fraction: float = 0.02,
 ) -> dict[str, int]:
     """Write all scenes and labels under `root`, skipping audio files that exist.
 
     Args:
       progress: called with (scenes done, scenes in all) now and then.
+      max_bad_fraction: share of the recordings of the config's classes that may be unusable; they are left out and
+        named in `skipped_recordings.jsonl`.
 
     Returns:
       {"written": files rendered now, "kept": files that were there}.
 
     Raises:
-      ValueError: `root` holds scenes that another config made.
+      ValueError: no scene is asked for, `root` holds scenes that another config or other recordings made, too many
+        recordings are unusable, or a class lacks some.
     """
+    if not any(config.counts.values()):
+        raise ValueError("scenes.counts asks for no scene; give one split or more a number above 0")
+    made_from, source = config.fingerprint(), None
+    if config.recordings_root:
+        source = recordings.Recordings.load(Path(config.recordings_root), config.recorded_classes)
+        made_from["recordings"] = source.digest
     root.mkdir(parents=True, exist_ok=True)
     stamp = root / "scenes.json"
-    if stamp.exists() and json.loads(stamp.read_text()) != config.fingerprint():
-        raise ValueError(f"{stamp} was made by another config; give another root or remove {root}")
-    with _whole(stamp) as file:
-        file.write(json.dumps(config.fingerprint(), indent=1))
-    if config.recordings_root:
-        _check_recordings(config)
+    _check_stamp(stamp, made_from)
     plans = []
     for split, count in config.counts.items():
         (root / "audio" / split).mkdir(parents=True, exist_ok=True)
         plans += [plan_scene(config, split, i) for i in range(count)]
     missing = [plan for plan in plans if not (root / plan.scene.audio_path).exists()]
+    if source and missing:
+        source, left_out = source.usable(max_bad_fraction, num_processes)
+        write_jsonl(root / SKIPPED_RECORDINGS, left_out)
+        _check_recordings(config, source)
+    with _whole(stamp) as file:
+        file.write(json.dumps(made_from, indent=1))
     chunks = [missing[i : i + RENDER_CHUNK] for i in range(0, len(missing), RENDER_CHUNK)]
     done = len(plans) - len(missing)
     if num_processes > 1 and len(chunks) > 1:
         # Spawned, not forked: the caller may already run threads of an accelerator library.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
-            jobs = [pool.submit(_write_chunk, root, config, chunk) for chunk in chunks]
+            jobs = [pool.submit(_write_chunk, root, chunk, source) for chunk in chunks]
             for job in concurrent.futures.as_completed(jobs):
                 done += job.result()
                 if progress:
                     progress(done, len(plans))
     else:
         for chunk in chunks:
-            done += _write_chunk(root, config, chunk)
+            done += _write_chunk(root, chunk, source)
             if progress:
                 progress(done, len(plans))
     _write_labels(config, root, plans)

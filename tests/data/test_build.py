@@ -110,7 +110,7 @@ def test_bad_files_are_reported_and_the_build_goes_on(tmp_path):
 
 def test_records_of_another_longest_file_are_another_dataset(tmp_path):
     config = get_config("test")
-    config.max_bad_fraction = 1.0
+    config.max_bad_fraction = 0.99
     whole = build.build(config, tmp_path)
     config.max_seconds = max(s.duration_s for s in read_scenes(tmp_path, "train")) - 0.01
     some = build.build(config, tmp_path)
@@ -124,6 +124,22 @@ def test_records_of_another_longest_file_are_another_dataset(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_bad_fraction", -1.0, "must be a number of at least 0, got -1.0"),
+        ("max_bad_fraction", 1.0, "must be less than 1, got 1.0"),
+        ("num_processes", 0, "must be a whole number of at least 1, got 0"),
+        ("max_seconds", 0.0, "must be a number of at least 0.1, got 0.0"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field(field, value, message, tmp_path):
+    config = get_config("test")
+    config[field] = value
+    with pytest.raises(ValueError, match=f"^{field} {message}"):
+        build.build(config, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--config=configs/scenes.py:test", "--config.scenes.min_gap_s=9.0"], "scenes: 4 events"),
@@ -131,9 +147,14 @@ def test_records_of_another_longest_file_are_another_dataset(tmp_path):
         (["--config=configs/scenes.py:test", "--config.scenes.seed=abc"], "'abc'"),
         (["--config=configs/scenes.py:tset"], "did you mean test?"),
         (
+            ["--config=configs/scenes.py:test", "--config.scenes.duration_s=6"],
+            "scenes.duration_s must be two numbers",
+        ),
+        (
             [
                 "--config=configs/scenes.py:test",
-                "--config.questions.kinds.span=0.0",
+                "--config.questions.num_choices=20",
+                "--config.questions.min_choices=20",
                 "--config.scenes.counts.train=1",
             ],
             "the scenes of split 'train' give no question; ask other config.questions.kinds",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -87,8 +88,12 @@ def test_writing_again_keeps_files_and_makes_only_what_is_missing(tmp_path):
     victim.unlink()
     assert scenes.write_scenes(config, tmp_path, num_processes=1) == {"written": 1, "kept": 2}
     assert victim.read_bytes() == before
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match=r"another config \(scenes\.seed differs\)"):
         scenes.write_scenes(dataclasses.replace(config, seed=9), tmp_path, num_processes=1)
+    for torn in ("{", "[]", ""):
+        (tmp_path / "scenes.json").write_text(torn)
+        with pytest.raises(ValueError, match=r"scenes\.json is damaged.*restore it, or give"):
+            scenes.write_scenes(config, tmp_path, num_processes=1)
 
 
 def test_bad_fields_are_named():
@@ -100,6 +105,48 @@ def test_bad_fields_are_named():
         scenes.SceneConfig(duration_s=(3.0, 4.0))
     with pytest.raises(ValueError, match="allow repeats"):
         scenes.SceneConfig(classes=("low beep", "cough"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, "must be a whole number of at least 0, got -1"),
+        ("duration_s", (12.0,), "must be two numbers, (lowest, highest), got (12.0,)"),
+        ("duration_s", 12.0, "must be two numbers"),
+        ("duration_s", (14.0, 12.0), "must begin with the lower of its two numbers"),
+        ("duration_s", (float("nan"), 12.0), "each must be a number of at least 0, got nan"),
+        ("duration_s", (12.04, 12.04), "times are multiples of 0.1 s, got 12.04"),
+        ("event_s", (0.9, 0.5), "must begin with the lower"),
+        ("event_s", (0.1, 0.5), "each must be a number of at least 0.2, got 0.1"),
+        ("num_events", (4, 3), "must begin with the lower"),
+        ("num_events", (2.5, 3.0), "each must be a whole number of at least 1, got 2.5"),
+        ("event_db", (-18.0, -28.0), "must begin with the lower"),
+        ("snr_db", (25.0, 10.0), "must begin with the lower"),
+        ("snr_db", ("10", "25"), "each must be a number, got '10'"),
+        ("min_gap_s", -1.0, "must be a number of at least 0, got -1.0"),
+        ("overlap_probability", 2.0, "must be a number from 0 to 1, got 2.0"),
+        ("repeat_probability", -0.1, "must be a number from 0 to 1, got -0.1"),
+        ("sampling_rates", (), "must name one or more rates in Hz, got ()"),
+        ("sampling_rates", (8_000,), "each must be a whole number from 16000 to 192000, got 8000"),
+        ("file_formats", ("ogg",), "'ogg' is unknown; use one or more of ['wav', 'flac']"),
+        ("channels", (), "must name one or more of [1, 2]"),
+        ("noise_kinds", ("blue",), "'blue' is unknown"),
+        ("classes", ("cough", "horn", "cough"), "'cough' is there twice; name each class once"),
+        ("classes", ("cough",), "name two or more"),
+        ("counts", {"train": -1}, ".train must be a whole number of at least 0, got -1"),
+        ("counts", {"dev": 1}, ".dev is not a split"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_field(field, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        scenes.SceneConfig(**{field: value})
+    assert str(caught.value).startswith(f"scenes.{field}")
+
+
+def test_no_scenes_at_all_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"scenes\.counts asks for no scene"):
+        scenes.write_scenes(dataclasses.replace(CONFIG, counts={"train": 0}), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_broken_label_row_is_named(root, tmp_path):
