@@ -35,16 +35,16 @@ from data.pipeline import TooLong
 from echo_jax import arrays, huggingface
 from echo_jax.model import thinker
 from echo_jax.model.config import ThinkerConfig
-from echo_jax.sampler import FinishReason, Prompts, Rollout, Sampler, SamplingOptions
+from echo_jax.sampler import FinishReason, Prompts, Rollout, Sampler
 from echo_jax.text.tokenizer import Tokenizer
 from echo_jax.train import grpo, replay, rewards, sft, step
 from echo_jax.train import optimizer as optimizer_lib
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
 from echo_jax.train.metrics import MetricWriter
 from launch import inputs, runs
+from launch.checks import check_config, replay_options, sampling_options
 
 PROGRAM = "launch.train"
-FORMATS = ("conditioned", "grounded", "interleaved")
 SHOWN = {
     "base": ("loss", "accuracy"),
     "sft": ("loss", "accuracy"),
@@ -199,15 +199,6 @@ def chat_stage(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]
 # ------------------------------------------------------------------------------------------------
 
 
-def sampling_options(config: ConfigDict) -> SamplingOptions:
-    """How rollouts are sampled in the config's format."""
-    if config.format not in FORMATS:
-        raise ValueError(f"config.format={config.format!r} must be one of {', '.join(FORMATS)}")
-    fields = config.sampling.to_dict()
-    fields["segment_seconds"] = tuple(fields["segment_seconds"])
-    return SamplingOptions(insert_audio=config.format == "interleaved", **fields)
-
-
 def score_rollout(
     config: ConfigDict, tokenizer: Tokenizer, rollout: Rollout, batch: dict[str, Any]
 ) -> list[dict[str, float]]:
@@ -255,36 +246,17 @@ def rollout_metrics(scores: list[dict[str, float]], rollout: Rollout, group: int
 def grpo_stage(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     """Groups of sampled answers, their rewards and advantages, then one update a mini-batch."""
     group, minibatch = config.rollouts_per_query, config.queries_per_minibatch
-    for size, of, name in (
-        (minibatch, config.queries_per_step, "queries_per_minibatch"),
-        (config.queries_per_microbatch, minibatch, "queries_per_microbatch"),
-    ):
-        if size < 1 or of % size:
-            raise ValueError(f"config.{name}={size} must divide {of}")
-    options = sampling_options(config)
-    sampler = Sampler(model.config, model.tokenizer, options)
+    sampler = Sampler(model.config, model.tokenizer, sampling_options(config))
     advantage_fn = grpo.get_advantage(config.advantage)
     loss_options = grpo.GrpoOptions(**config.loss.to_dict())
-    rewards.get_reward(config.reward.name)
-    capacity = inputs.clip_samples(config)
-    replay_options = replay.ReplayOptions(
-        group=group,
-        buffers=options.segment_buffers(capacity) if options.insert_audio else (),
-        least_slots=tuple(config.replay.least_slots) if options.insert_audio else (),
-        token_multiple=config.replay.token_multiple,
-        target_multiple=config.replay.target_multiple,
-        temperature=options.temperature,
-        remat=config.remat,
-    )
+    options = replay_options(config)
     vocabulary = replay.Vocabulary(sampler.sampleable, np.asarray(sampler.automaton.stop_mask))
-    loss_fn = functools.partial(
-        replay.replay_loss, model.config, replay_options, vocabulary, loss_options
-    )
+    loss_fn = functools.partial(replay.replay_loss, model.config, options, vocabulary, loss_options)
     updates = config.queries_per_step // minibatch
     updater = Updater(config, model.params, loss_fn, updates)
     # The cold start, kept as it is: the trained parameters are donated from update to update, these never.
     reference = jax.device_put(model.params) if loss_options.kl_coefficient else None
-    logprob_fn = functools.partial(replay.logprobs, model.config, replay_options, vocabulary)
+    logprob_fn = functools.partial(replay.logprobs, model.config, options, vocabulary)
     # One micro-batch at a time, as in the update.
     reference_fn = jax.jit(
         lambda params, batches: jax.lax.map(functools.partial(logprob_fn, params), batches)
@@ -325,7 +297,7 @@ def grpo_stage(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]
                 advantage,
                 np.arange(number * minibatch, (number + 1) * minibatch),
                 minibatch // config.queries_per_microbatch,
-                replay_options,
+                options,
             )
             replayed = jax.device_put(replayed)
             reference_logprob = None
@@ -358,33 +330,9 @@ STAGES: dict[str, Callable[[ConfigDict, Model], tuple[Updater, StepFunction]]] =
 }
 
 
-# Fields of any stage that count something; a stage has some of them.
-COUNTS = (
-    "total_steps",
-    "batch_size",
-    "micro_batches",
-    "questions_per_chat",
-    "rollouts_per_query",
-    "queries_per_step",
-    "log_every_steps",
-    "checkpoint.every_steps",
-)
-
-
-def check_counts(config: ConfigDict) -> None:
-    """Raises ValueError, naming the field, where a count is less than one."""
-    for name in COUNTS:
-        section, _, field = name.rpartition(".")
-        values = config[section] if section else config
-        if field in values and values[field] < 1:
-            raise ValueError(f"config.{name}={values[field]} must be at least 1")
-
-
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the stage to its end."""
-    if config.stage not in STAGES:
-        raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(STAGES)}")
-    check_counts(config)
+    check_config(config)
     if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
         return

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from echo_jax.train import ranges
 from echo_jax.train.sft import SumAndDenominator
 
 Entry = TypeVar("Entry")
@@ -40,6 +41,9 @@ class GrpoOptions:
         kl_coefficient: beta; 0 needs no reference log-probabilities.
         kl_kind: name in KL_ESTIMATORS.
         aggregation: name in AGGREGATIONS.
+
+    Raises:
+        ValueError: an unknown name or a number out of its range; the message names the field.
     """
 
     clip_low: float = 0.2
@@ -52,8 +56,12 @@ class GrpoOptions:
     def __post_init__(self) -> None:
         _lookup(KL_ESTIMATORS, self.kl_kind, "kl_kind")
         _lookup(AGGREGATIONS, self.aggregation, "aggregation")
+        for name in ("clip_low", "clip_high", "dual_clip", "kl_coefficient"):
+            ranges.check(f"config.loss.{name}", getattr(self, name), ranges.NOT_NEGATIVE)
         if self.dual_clip and self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip must be 0 (off) or more than 1, not {self.dual_clip}")
+            raise ValueError(
+                f"config.loss.dual_clip={self.dual_clip} must be 0 (off) or more than 1"
+            )
 
 
 def _lookup(registry: Mapping[str, Entry], name: str, field: str) -> Entry:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import optax
 
+from echo_jax.train import ranges
+
 PyTree = Any
 Rules = Sequence[tuple[str, str]]
 
@@ -33,6 +35,9 @@ class OptimizerOptions:
         final_fraction: what the cosine and linear schedules end at, as a share of the peak.
         b1, b2, eps, weight_decay: of AdamW.
         clip_norm: largest global gradient norm; 0 turns clipping off.
+
+    Raises:
+        ValueError: an unknown schedule or a number out of its range; the message names the field.
     """
 
     learning_rate: float
@@ -45,6 +50,25 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"config.optimizer.schedule={self.schedule!r} must be one of {', '.join(sorted(SCHEDULES))}"
+            )
+        for name, allowed in _RANGES.items():
+            ranges.check(f"config.optimizer.{name}", getattr(self, name), allowed)
+
+
+_RANGES = {
+    "learning_rate": ranges.NOT_NEGATIVE,
+    "warmup_fraction": ranges.SHARE,
+    "final_fraction": ranges.SHARE,
+    "b1": ranges.SHARE_BELOW_ONE,
+    "b2": ranges.SHARE_BELOW_ONE,
+    "eps": ranges.NOT_NEGATIVE,
+    "weight_decay": ranges.NOT_NEGATIVE,
+    "clip_norm": ranges.NOT_NEGATIVE,
+}
 
 Decay = Callable[[float, int, float], optax.Schedule]
 
@@ -63,19 +87,11 @@ def make_schedule(options: OptimizerOptions, total_updates: int) -> optax.Schedu
     schedule to the end.
 
     Raises:
-        ValueError: unknown schedule, no updates, or a warm-up fraction outside [0, 1].
+        ValueError: no updates.
     """
-    if options.schedule not in SCHEDULES:
-        raise ValueError(
-            f"unknown optimizer.schedule {options.schedule!r}; known: {', '.join(sorted(SCHEDULES))}"
-        )
     if total_updates < 1:
         raise ValueError(
             f"the schedule needs at least 1 update, not {total_updates}; raise the number of steps"
-        )
-    if not 0.0 <= options.warmup_fraction <= 1.0:
-        raise ValueError(
-            f"optimizer.warmup_fraction must lie in [0, 1], not {options.warmup_fraction}"
         )
     warmup = round(options.warmup_fraction * total_updates)
     final = options.final_fraction * options.learning_rate
@@ -99,6 +115,30 @@ def parameter_names(params: PyTree) -> PyTree:
     )
 
 
+def check_rules(rules: Rules) -> None:
+    """Checks the freezing rules on their own, before there are parameters.
+
+    Raises:
+        ValueError: a rule is no pair of a regular expression and one of LABELS; the message shows it.
+    """
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or [type(part) for part in rule] != [str, str]:
+            raise ValueError(
+                f"config.parameter_rules holds {rule!r}; give pairs such as ('audio_tower/.*', 'freeze')"
+            )
+        pattern, label = rule
+        if label not in LABELS:
+            raise ValueError(
+                f"config.parameter_rules: {pattern!r} has label {label!r}; it must be one of {', '.join(LABELS)}"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            raise ValueError(
+                f"config.parameter_rules: {pattern!r} is not a regular expression: {error}"
+            ) from error
+
+
 def label_parameters(params: PyTree, rules: Rules) -> PyTree:
     """A tree of ``train`` or ``freeze``: the label of the one rule whose pattern matches the whole
     name of each parameter.
@@ -108,14 +148,10 @@ def label_parameters(params: PyTree, rules: Rules) -> PyTree:
         rules: (regular expression, label) pairs; the expression must match the full name.
 
     Raises:
-        ValueError: an unknown label, a parameter that no rule or more than one rule matches, or a
-        rule that matches nothing.
+        ValueError: a rule that `check_rules` refuses, a parameter that no rule or more than one
+        rule matches, or a rule that matches nothing.
     """
-    for pattern, label in rules:
-        if label not in LABELS:
-            raise ValueError(
-                f"freezing rule {pattern!r} has label {label!r}; it must be one of {', '.join(LABELS)}"
-            )
+    check_rules(rules)
     used: set[str] = set()
 
     def label_of(name: str) -> str:

@@ -21,7 +21,7 @@ from echo_jax.model import language_model, thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import loop
 from echo_jax.sampler.state import Prompts, Rollout
-from echo_jax.train import grpo, targets
+from echo_jax.train import grpo, ranges, targets
 from echo_jax.train.sft import SumAndDenominator
 
 # By how much the room for clips grows where the least is not enough: a few large steps, few compilations.
@@ -41,6 +41,9 @@ class ReplayOptions:
         target_multiple: K is rounded up to it.
         temperature: of the rollout.
         remat: recompute activations in the backward pass.
+
+    Raises:
+        ValueError: a number out of its range, or not one least per buffer; the message names the field.
     """
 
     group: int
@@ -52,12 +55,17 @@ class ReplayOptions:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("token_multiple", "target_multiple"):
+            ranges.check(f"config.replay.{name}", getattr(self, name), ranges.COUNT)
+        if not all(isinstance(least, int) and least >= 1 for least in self.least_slots):
+            raise ValueError(
+                f"config.replay.least_slots={self.least_slots} must hold whole numbers, each at least 1"
+            )
         if self.least_slots and len(self.least_slots) != len(self.buffers):
             raise ValueError(
-                f"replay.least_slots has {len(self.least_slots)} entries for {len(self.buffers)} segment buffers"
+                f"config.replay.least_slots has {len(self.least_slots)} entries for {len(self.buffers)} segment buffers"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be more than 0 in training, not {self.temperature}")
+        ranges.check("config.sampling.temperature", self.temperature, ranges.POSITIVE)
 
 
 @flax.struct.dataclass

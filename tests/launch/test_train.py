@@ -148,13 +148,7 @@ def test_wrong_values_end_with_one_line_and_a_status(given, message, place, tmp_
         ({"data.root": ""}, r"config.data.root='' is not a folder; make one with python -m data"),
         ({"data.records": "/none.jsonl"}, r"config.data.records='/none.jsonl' does not exist"),
         ({"batch_size": 6}, r"5 chats in split 'train', fewer than a batch of 6"),
-        ({"micro_batches": 3}, r"micro_batches=3 does not divide the batch of 2 rows"),
-        ({"total_steps": 0}, r"config.total_steps=0 must be at least 1"),
-        ({"batch_size": -2}, r"config.batch_size=-2 must be at least 1"),
-        ({"checkpoint.every_steps": 0}, r"config.checkpoint.every_steps=0 must be at least 1"),
-        ({"log_every_steps": 0}, r"config.log_every_steps=0 must be at least 1"),
-        ({"stage": "rl"}, r"config.stage='rl' must be one of base, sft, grpo"),
-        ({"optimizer.schedule": "step"}, r"unknown optimizer.schedule 'step'"),
+        ({"micro_batches": 3}, r"config.micro_batches=3 must divide config.batch_size=2"),
         ({"data.clip_seconds": 1.0}, r"a clip of 3.00 s does not fit 1.00 s"),
     ],
 )
@@ -166,29 +160,14 @@ def test_wrong_fields_are_named(change, message, place, tmp_path):
         train.train(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"queries_per_minibatch": 2, "queries_per_step": 3},
-            "queries_per_minibatch=2 must divide 3",
-        ),
-        ({"queries_per_step": 0}, "config.queries_per_step=0 must be at least 1"),
-        ({"rollouts_per_query": 0}, "config.rollouts_per_query=0 must be at least 1"),
-        ({"queries_per_microbatch": 3}, "queries_per_microbatch=3 must divide 1"),
-        ({"format": "spoken"}, "config.format='spoken' must be one of conditioned, grounded"),
-        ({"reward.name": "7"}, "unknown reward '7'"),
-        ({"advantage": "gae"}, "unknown advantage 'gae'"),
-        ({"loss.kl_kind": "k9"}, "unknown kl_kind 'k9'"),
-        ({"sampling.temperature": 0.0}, "temperature must be more than 0"),
-    ],
-)
-def test_wrong_grpo_fields_are_named(change, message, place, tmp_path):
-    config = fill(grpo_config.get_config("test"), place)
-    for name, value in change.items():
-        config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("stage", [sft_config, grpo_config])
+def test_what_means_nothing_is_refused_before_anything_is_read(stage, tmp_path):
+    config = stage.get_config("test")
+    config.init_from = "/nowhere/at/all"
+    config.optimizer.b2 = 1.0
+    with pytest.raises(ValueError, match=r"config.optimizer.b2=1.0 must lie in \[0, 1\)"):
         train.train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 def test_not_finite_is_named():

@@ -182,13 +182,26 @@ def test_token_logprobs_with_temperature_events_and_forbidden_tokens():
             np.testing.assert_allclose(got[b, t], np.log(p[b, t][members].sum()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("field", ["clip_low", "clip_high", "dual_clip", "kl_coefficient"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_options_that_mean_nothing_are_named(field, value):
+    message = f"config.loss.{field}={value!r} must be a finite number, 0 or more"
+    with pytest.raises(ValueError, match=message):
+        grpo.GrpoOptions(**{field: value})
+
+
+def test_a_dual_clip_inside_the_clip_is_named():
+    with pytest.raises(
+        ValueError, match=r"config.loss.dual_clip=0.5 must be 0 \(off\) or more than 1"
+    ):
+        grpo.GrpoOptions(dual_clip=0.5)
+
+
 def test_unknown_names_are_named():
     with pytest.raises(ValueError, match="unknown kl_kind 'k4'; known: k1, k2, k3"):
         grpo.GrpoOptions(kl_kind="k4")
     with pytest.raises(ValueError, match="unknown aggregation"):
         grpo.GrpoOptions(aggregation="mean")
-    with pytest.raises(ValueError, match="dual_clip"):
-        grpo.GrpoOptions(dual_clip=0.5)
     with pytest.raises(ValueError, match="unknown advantage"):
         grpo.get_advantage("gae")
     x = jnp.zeros((1, 2))

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +117,27 @@ def test_lengths_are_rounded_up(rollout, prompts):
 def test_what_does_not_divide_is_named(rollout, prompts):
     with pytest.raises(ValueError, match="2 micro-batches do not divide 3 queries"):
         stacked(rollout, prompts, 2)
-    with pytest.raises(ValueError, match=r"replay.least_slots has 1 entries for 3"):
-        stacked(rollout, prompts, least_slots=(4,))
-    with pytest.raises(ValueError, match="temperature must be more than 0"):
-        dataclasses.replace(OPTIONS, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"least_slots": (4,)}, "config.replay.least_slots has 1 entries for 3"),
+        ({"least_slots": (4, 0, 4)}, "config.replay.least_slots=(4, 0, 4) must hold whole numbers"),
+        ({"least_slots": (4, 1.5, 4)}, "must hold whole numbers, each at least 1"),
+        ({"least_slots": ("a",)}, "must hold whole numbers, each at least 1"),
+        ({"token_multiple": 0}, "config.replay.token_multiple=0 must be at least 1"),
+        ({"target_multiple": -8}, "config.replay.target_multiple=-8 must be at least 1"),
+        (
+            {"temperature": 0.0},
+            "config.sampling.temperature=0.0 must be a finite number, more than",
+        ),
+        ({"temperature": float("nan")}, "config.sampling.temperature=nan must be"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(OPTIONS, **change)
 
 
 def test_target_positions():
