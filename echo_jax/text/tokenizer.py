@@ -74,18 +74,25 @@ class Tokenizer:
         """Builds the tokenizer of a `tokenizer.json` content; `source` names it in errors.
 
         Raises:
-          ValueError: the model is no byte-level BPE, ids have gaps, or a control token is missing.
+          ValueError: the content is damaged, the model is no byte-level BPE, ids have gaps, or a control token is
+            missing.
         """
-        model = spec.get("model", {})
-        if model.get("type") != "BPE" or any(byte not in model["vocab"] for byte in _CHAR_OF_BYTE):
+        model = spec.get("model")
+        vocab = (
+            model.get("vocab") if isinstance(model, dict) and model.get("type") == "BPE" else None
+        )
+        if not isinstance(vocab, dict) or any(byte not in vocab for byte in _CHAR_OF_BYTE):
             raise ValueError(
                 f"{source}: not a byte-level BPE; use the tokenizer of a Qwen2.5-Omni checkpoint"
             )
         self._spec = spec
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # what the library raises has no narrower type
+            raise ValueError(f"{source}: {error}; copy the checkpoint's file again") from error
         self._backend.encode_special_tokens = True  # control tokens spelled in a text stay text
-        added = {token["content"]: token for token in spec["added_tokens"]}
-        ids = {**model["vocab"], **{content: token["id"] for content, token in added.items()}}
+        added = {token["content"]: token for token in spec.get("added_tokens", [])}
+        ids = {**vocab, **{content: token["id"] for content, token in added.items()}}
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError(
                 f"{source}: token ids are not 0 to {len(ids) - 1} without gaps or doubles"
@@ -106,8 +113,13 @@ class Tokenizer:
             self.audio_eos_id,
         ) = (int(ids[name]) for name in REQUIRED_CONTROLS)
         self.token_bytes: list[bytes] = [b""] * self.vocab_size
-        for piece, index in model["vocab"].items():
+        for piece, index in vocab.items():
             if piece not in added:
+                if unknown := [char for char in piece if char not in _BYTE_OF_CHAR]:
+                    raise ValueError(
+                        f"{source}: token {piece!r} holds {unknown[0]!r}, which stands for no byte; use the "
+                        "tokenizer of a Qwen2.5-Omni checkpoint"
+                    )
                 self.token_bytes[index] = bytes(_BYTE_OF_CHAR[char] for char in piece)
         for content, token in added.items():
             if not token["special"]:
@@ -143,11 +155,19 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"{directory}: no tokenizer.json, nor vocab.json with merges.txt; copy the checkpoint's tokenizer files"
             )
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = merges.read_text(encoding="utf-8").splitlines()
+        except ValueError as error:
+            raise ValueError(f"{merges}: no text ({error}); copy the file again") from None
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         config = directory / "tokenizer_config.json"
         decoder = _read_json(config).get("added_tokens_decoder", {}) if config.is_file() else {}
-        added = [(int(index), t["content"], bool(t["special"])) for index, t in decoder.items()]
+        try:
+            added = [(int(index), t["content"], bool(t["special"])) for index, t in decoder.items()]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{config}: added_tokens_decoder is damaged; copy the file again"
+            ) from None
         return cls(_qwen_spec(_read_json(vocab), pairs, added), str(vocab))
 
     @classmethod
@@ -317,9 +337,12 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 def _read_json(path: pathlib.Path) -> Spec:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object; copy the file again")
+    return content
 
 
 def _merges_of_ranks(ranks: dict[bytes, int]) -> list[list[str]]:

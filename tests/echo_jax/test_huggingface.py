@@ -371,6 +371,24 @@ def test_a_broken_file_is_named(checkpoint):
 
 
 @pytest.mark.parametrize(
+    "content",
+    ["[]", "3", "{", '{"thinker_config": null}', '{"audio_config": [], "text_config": []}', "{}"],
+)
+def test_a_config_that_is_none_is_named(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint/config\.json (is not|has no)"):
+        huggingface.load_pretrained(checkpoint)
+
+
+def test_a_word_where_a_number_belongs_is_named(checkpoint):
+    content = json.loads((checkpoint / "config.json").read_text())
+    content["text_config"]["num_attention_heads"] = "four"
+    (checkpoint / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"checkpoint/config\.json is not the config of"):
+        huggingface.load_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
     ("section", "field", "value"),
     [
         ("text_config", "use_sliding_window", True),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import unicodedata
 
 import pytest
@@ -193,4 +194,63 @@ def test_bad_directories(qwen: Tokenizer, tmp_path) -> None:
         Tokenizer.from_directory(tmp_path)
     path.write_text(json.dumps({**spec, "added_tokens": spec["added_tokens"][1:]}))
     with pytest.raises(ValueError, match="without gaps"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "tokenizer.json: holds no JSON object; copy the file again"),
+        ({"model": []}, "tokenizer.json: not a byte-level BPE"),
+        ({"model": {"type": "BPE", "vocab": []}}, "tokenizer.json: not a byte-level BPE"),
+        ({"added_tokens": None}, "tokenizer.json: invalid type: null"),
+        ({"added_tokens": [{"id": 1}]}, "tokenizer.json: missing field `content`"),
+        ({"added_tokens": []}, "control token <|endoftext|> is missing"),
+        ({"pre_tokenizer": {"type": "x"}}, "tokenizer.json: data did not match"),
+    ],
+)
+def test_damaged_files_are_named(qwen: Tokenizer, tmp_path, change, message: str) -> None:
+    qwen.compact([]).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps({**spec, **change} if isinstance(change, dict) else change))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Tokenizer.from_directory(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_must_spell_bytes(qwen: Tokenizer, tmp_path) -> None:
+    small = qwen.compact([])
+    small.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["model"]["vocab"]["音"] = small.vocab_size
+    path.write_text(json.dumps(spec))
+    with pytest.raises(
+        ValueError, match="tokenizer.json: token '音' holds '音', which stands for no"
+    ):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", "[]", "vocab.json: holds no JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds no JSON object"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": 1}}',
+            "tokenizer_config.json: added_tokens_decoder is damaged",
+        ),
+        ("merges.txt", "\udcff", "merges.txt: no text"),
+        ("merges.txt", "a b c\n", "vocab.json: "),
+    ],
+)
+def test_damaged_vocab_and_merges_are_named(
+    qwen: Tokenizer, tmp_path, name: str, content: str, message: str
+) -> None:
+    qwen.compact([]).save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
         Tokenizer.from_directory(tmp_path)
