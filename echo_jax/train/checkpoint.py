@@ -7,7 +7,11 @@ killed while writing leaves the checkpoint before it intact.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +105,24 @@ class Checkpoints:
             iterator: a grain iterator over the same data with the same settings.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it does not fit the template (the message
-            names the directory).
+            CheckpointError: there is no checkpoint, it does not fit the template, or it is damaged
+            (the message names the directory).
         """
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._directory}")
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardRestore(_arrays(template)),
-                    iterator=grain.checkpoint.CheckpointRestore(iterator),
-                ),
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
+        wanted = _arrays(template)
+        if other := self._other_array(step, wanted):
             raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} does not fit this config ({reason}); use another --workdir"
-            ) from error
+                f"checkpoint {self._directory / str(step)} does not fit this config ({other}); use another --workdir"
+            )
+        restored = self._read(
+            step,
+            ocp.args.Composite(
+                arrays=ocp.args.StandardRestore(wanted),
+                iterator=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
         arrays = restored["arrays"]
         return TrainState(
             step=step,
@@ -132,14 +135,47 @@ class Checkpoints:
         """The config of the newest step.
 
         Raises:
-            CheckpointError: there is no checkpoint.
+            CheckpointError: there is no checkpoint, or it is damaged.
         """
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._directory}")
-        return self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))[
-            "host"
-        ]["config"]
+        host = self._read(step, ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        if not isinstance(host, dict) or not isinstance(host.get("config"), dict):
+            raise self._damaged(step, "it holds no config")
+        return host["config"]
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        """Items of a step.
+
+        Raises:
+            CheckpointError: one cannot be read; the message says how to go on without this step.
+        """
+        try:
+            with _quiet_readers():
+                return self._manager.restore(step, args=args)
+        except Exception as error:  # what a damaged file raises has no narrower type
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # What tensorstore adds is a page about its own state.
+            raise self._damaged(step, reason.partition(". See full")[0]) from error
+
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        where = f"go on from step {max(earlier)}" if earlier else "start anew"
+        return CheckpointError(
+            f"checkpoint {self._directory / str(step)} is damaged ({reason}); remove this folder to {where}"
+        )
+
+    def _other_array(self, step: int, wanted: PyTree) -> str:
+        """The first array whose shape differs between a step and the template; "" if none does or none can be read."""
+        with contextlib.suppress(Exception):
+            stored = _shapes(self._manager.item_metadata(step)["arrays"].tree)
+            expected = _shapes(wanted)
+            for name in sorted(stored.keys() | expected.keys()):
+                if stored.get(name) != expected.get(name):
+                    there, here = stored.get(name, "not there"), expected.get(name, "not")
+                    return f"{name} is {there}, {here} in this run"
+        return ""
 
     def close(self) -> None:
         """Waits for what is still being written."""
@@ -151,6 +187,32 @@ class Checkpoints:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keeps to one line what a failed read says: orbax reads many arrays at once, and one that fails leaves the others.
+
+    Those print a trace each, some as late as the end of the process; so only a read that succeeds puts the hook back.
+    """
+    before = sys.unraisablehook
+
+    def others_only(unraisable: sys.UnraisableHookArgs) -> None:
+        late = str(unraisable.exc_value) == "Event loop is closed"
+        if not late and not inspect.iscoroutine(unraisable.object):
+            before(unraisable)
+
+    sys.unraisablehook = others_only
+    yield
+    sys.unraisablehook = before
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Array name -> shape, alike for dictionaries and the named tuples that were stored as such."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _arrays(state: TrainState) -> dict[str, PyTree]:

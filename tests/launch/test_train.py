@@ -228,6 +228,26 @@ def test_an_unfinished_run_goes_on_with_its_own_config(place, tmp_path, capsys):
     assert json.loads((workdir / "done.json").read_text())["step"] == 3
 
 
+def test_a_damaged_checkpoint_stops_the_run_with_one_line(place, tmp_path):
+    config = fill(sft_config.get_config("test"), place)
+    config.total_steps = 2
+    workdir = tmp_path / "w"
+    train.train(config, workdir)
+    (workdir / "done.json").unlink()
+    step = workdir / "checkpoints" / "2"
+    files = [path for path in (step / "arrays").rglob("*") if path.is_file()]
+    data = max(files, key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    process = start(*arguments("sft", place, workdir, "--config.total_steps=2"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    said = [line for line in output.splitlines() if line.startswith("launch.train: ")]
+    assert len(said) == 1
+    assert f"checkpoint {step} is damaged (" in said[0]
+    assert said[0].endswith("remove this folder to start anew")
+    assert "Traceback" not in output
+
+
 def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, given: list[str]):
     """An undisturbed run and one that is killed once it has written `lines` lines; both workdirs."""
     whole, cut = folder / "whole", folder / "cut"

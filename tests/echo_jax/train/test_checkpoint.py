@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -83,6 +86,71 @@ def test_errors_are_one_line(tmp_path):
     with Checkpoints(tmp_path / "other") as checkpoints:
         checkpoints.save(state(1), pipeline(), {})
     with Checkpoints(tmp_path / "other") as checkpoints:
-        with pytest.raises(CheckpointError, match="does not fit this config") as error:
+        with pytest.raises(
+            CheckpointError, match=r"does not fit this config \(opt_state/0/mu is \(3,\), \(5,\) in"
+        ) as error:
             checkpoints.restore(state(0, width=5), pipeline())
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two steps, with arrays that are large enough for files of their own."""
+    folder = tmp_path_factory.mktemp("written") / "c"
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state(step, width=4096), pipeline(), {"name": "x"})
+    return folder
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def go_on(checkpoints: Checkpoints) -> TrainState:
+    """What a run that goes on reads."""
+    assert checkpoints.stored_config() == {"name": "x"}
+    return checkpoints.restore(state(0, width=4096), pipeline())
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda step: largest(step / "arrays"),
+        lambda step: step / "arrays" / "manifest.ocdbt",
+        lambda step: step / "arrays" / "_METADATA",
+        lambda step: step / "iterator" / "process_0-of-1.json",
+        lambda step: step / "host" / "metadata",
+    ],
+    ids=["data", "manifest", "metadata", "iterator", "host"],
+)
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named_with_the_way_on(choose, how, written, tmp_path, capfd):
+    folder = Path(shutil.copytree(written, tmp_path / "c"))
+    file = choose(folder / "2")
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    with Checkpoints(folder) as checkpoints:
+        with pytest.raises(CheckpointError) as error:
+            go_on(checkpoints)
+        said = str(error.value)
+        assert said.startswith(f"checkpoint {folder / '2'} is damaged (")
+        assert said.endswith("; remove this folder to go on from step 1")
+        assert "\n" not in said
+    assert "Traceback" not in capfd.readouterr().err
+    shutil.rmtree(folder / "2")
+    with Checkpoints(folder) as checkpoints:
+        assert_same(go_on(checkpoints), state(1, width=4096))
+
+
+def test_the_only_checkpoint_damaged_means_to_start_anew(written, tmp_path):
+    folder = Path(shutil.copytree(written, tmp_path / "c"))
+    shutil.rmtree(folder / "1")
+    (folder / "2" / "host" / "metadata").write_text("{}")
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match=r"holds no config\); remove this folder to start"),
+    ):
+        checkpoints.stored_config()
