@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,19 @@ def is_done(config: ConfigDict, workdir: Path) -> bool:
     """Whether `workdir` holds this run, finished. A run of fewer steps is not: it is prolonged.
 
     Raises:
-        ValueError: it is no folder, or holds a run of another stage, or a finished run that another config, another
-            cold start or other scenes made.
+        ValueError: it is no folder, or holds a damaged file, a run of another stage, or a finished run that another
+            config, another cold start or other scenes made.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file, not a folder; give another --workdir")
-    before = _read_json(workdir / SETTINGS_FILE)
+    before = _read_json(workdir / SETTINGS_FILE, ("stage", "init_from", "data"))
     if before and before["stage"] != config.stage:
         raise ValueError(
             f"{workdir} is the workdir of a {before['stage']} run, not of {config.stage}; give another --workdir"
         )
-    done = _read_json(workdir / DONE_FILE)
-    if not done or done["step"] < config.total_steps:
+    done = _read_json(workdir / DONE_FILE, ("step",))
+    # Without its settings it may be any run: the config in its newest checkpoint tells.
+    if not done or not before or done["step"] < config.total_steps:
         return False
     if deciding := _deciding_changes(before, plain(config)):
         raise ValueError(
@@ -147,11 +148,27 @@ def _placed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "init_from": place(settings["init_from"]), "data": {**data, **places}}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The content of a file, {} if there is none."""
+def _read_json(path: Path, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a file, {} if there is none.
+
+    Raises:
+        ValueError: it holds no JSON object with these fields; the message names the file.
+    """
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        reason = ""
+    except ValueError as error:
+        content, reason = None, str(error)
+    if not isinstance(content, dict):
+        reason = reason or "no JSON object"
+    elif missing := [name for name in fields if name not in content]:
+        reason = f"no field {missing[0]!r}"
+    if reason:
+        raise ValueError(
+            f"{path} is damaged ({reason}); remove it and run the command that writes it again"
+        )
     return content
 
 

@@ -135,3 +135,24 @@ def test_a_workdir_that_is_a_file_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file, not a folder; give another --workdir"):
         runs.is_done(config, tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"step": 4', "[]", "{}", "\x00" * 9])
+@pytest.mark.parametrize("name", ["done.json", "run.json"])
+def test_a_torn_file_is_named(name, content, config, finished):
+    (finished / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"w/{name} is damaged \(.*\); remove it and") as caught:
+        runs.is_done(config, finished)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["base/run.json", "data/scenes.json"])
+def test_a_torn_file_of_what_it_was_made_from_is_named(name, config, finished, tmp_path):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        runs.is_done(config, finished)
+
+
+def test_a_run_without_its_settings_is_not_taken_as_finished(config, finished):
+    (finished / "run.json").unlink()
+    assert not runs.is_done(config, finished)
