@@ -27,6 +27,7 @@ from echo_jax.model.frontend import SAMPLE_RATE
 from echo_jax.sampler import FinishReason, Prompts, Sampler, SamplingOptions
 from echo_jax.text import prompts as prompts_lib
 from echo_jax.text.tokenizer import Tokenizer
+from echo_jax.train import ranges
 from eval import scoring
 
 FORMATS = ("interleaved", "grounded", "conditioned")
@@ -178,14 +179,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.question.strip():
         parser.error("--question is empty: write the question")
+    for flag, texts in (("--question", [args.question]), ("--choices", args.choices)):
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+            parser.error(f"{flag} holds bytes that are not UTF-8: write it in UTF-8")
     if any(not choice.strip() for choice in args.choices):
         parser.error("--choices holds an empty choice: leave it out or write its text")
     if len(args.choices) < 2:
         parser.error(
             f"--choices has {len(args.choices)} choice: give at least two, quoted where they hold blanks"
         )
-    if len(set(args.choices)) < len(args.choices):
-        parser.error("--choices holds the same choice twice: give different ones")
+    first_of: dict[str, str] = {}
+    for choice in args.choices:
+        # What an answer is compared by; marks alone are nothing but themselves.
+        compared = scoring.normalize(choice) or choice.strip()
+        if compared in first_of:
+            parser.error(
+                f"--choices holds the same choice twice, as {first_of[compared]!r} and {choice!r}: give different ones"
+            )
+        first_of[compared] = choice
+    for flag, value, allowed in (
+        ("--seed", args.seed, ranges.SEED),
+        ("--max_tokens", args.max_tokens, ranges.COUNT),
+    ):
+        if value not in allowed:
+            parser.error(f"{flag} {value} must {allowed.words}")
     return args
 
 

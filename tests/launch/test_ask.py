@@ -129,7 +129,15 @@ def test_bad_flags_are_one_line_each(
     good = arguments(checkpoint, recording)
     cases = {
         "at least two": good[:-1],
-        "twice": [*good, "bell"],
+        "the same choice twice, as 'bell' and 'bell'": [*good, "bell"],
+        "the same choice twice, as 'bell' and ' bell '": [*good, " bell "],
+        "the same choice twice, as 'bell' and 'Bell.'": [*good, "Bell."],
+        "the same choice twice, as '?' and '? '": [*good, "?", "? "],
+        "--choices holds bytes that are not UTF-8": [*good, "gr\udcfcn"],
+        "--question holds bytes that are not UTF-8": [*good, "--question", "\udcff?"],
+        "--seed -1 must be 0 to 4294967295": [*good, "--seed", "-1"],
+        "--seed 4294967296 must be": [*good, "--seed", "4294967296"],
+        "--max_tokens 0 must be at least 1": [*good, "--max_tokens", "0"],
         "empty choice": [*good, " "],
         "--question is empty": [*good, "--question", " "],
         "--audio": [part for part in good if part not in ("--audio", str(recording))],
