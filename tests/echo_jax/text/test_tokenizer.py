@@ -227,7 +227,7 @@ def test_tokens_must_spell_bytes(qwen: Tokenizer, tmp_path) -> None:
     spec["model"]["vocab"]["音"] = small.vocab_size
     path.write_text(json.dumps(spec))
     with pytest.raises(
-        ValueError, match="tokenizer.json: token '音' holds '音', which stands for no"
+        ValueError, match=r"tokenizer.json: token '音' holds '音', which stands for no"
     ):
         Tokenizer.from_directory(tmp_path)
 
