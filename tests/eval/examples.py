@@ -1,4 +1,4 @@
-"""A question to vary."""
+"""Questions to vary."""
 
 from data.records import EaqaRecord, Event
 
@@ -23,3 +23,14 @@ def make_record(number, **changes):
         "source": "synthetic",
     }
     return EaqaRecord(**{**fields, **changes})
+
+
+def released_row(number):
+    """A question in the released format, about a file of `conftest.data` if number is below 11."""
+    return {
+        "id": f"r{number}",
+        "audio_path": f"audio/{number}.wav",
+        "question": "Which?",
+        "multi_choice": ["a bell", "a dog"],
+        "answer": "a bell",
+    }

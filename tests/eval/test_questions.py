@@ -5,7 +5,7 @@ import pytest
 from data import eaqa_builder, scenes
 from data.questions import QuestionConfig
 from eval import questions
-from tests.eval.examples import make_record
+from tests.eval.examples import make_record, released_row
 
 
 def write(path, records):
@@ -90,16 +90,7 @@ def test_times_that_make_no_sense_are_named_before_anything_is_asked(tmp_path, c
 
 
 def test_a_file_in_the_released_format(data):
-    rows = [
-        {
-            "id": f"r{number}",
-            "audio_path": f"audio/{number}.wav",
-            "question": "Which?",
-            "multi_choice": ["a bell", "rain"],
-            "answer": "rain",
-        }
-        for number in (1, 2, 99)
-    ]
+    rows = [released_row(number) for number in (1, 2, 99)]
     path = data.parent / "rl.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = questions.load(path, "test")

@@ -8,6 +8,7 @@ import soundfile
 from echo_jax.sampler import FinishReason, Rollout
 from eval import controls, questions, runner
 from eval.runner import Runner
+from tests.eval.examples import released_row
 
 FACTS = {"model": "fake", "model_sha256": "0"}
 
@@ -201,16 +202,7 @@ def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, setting
 
 
 def test_rows_that_give_no_question_count_as_wrong(data, tokenizer, settings, tmp_path):
-    rows = [
-        {
-            "id": f"r{number}",
-            "audio_path": f"audio/{number}.wav",
-            "question": "Which?",
-            "multi_choice": ["a bell", "a dog"],
-            "answer": "a bell",
-        }
-        for number in (1, 2, 77, 88)
-    ]
+    rows = [released_row(number) for number in (1, 2, 77, 88)]
     path = data.parent / "released.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = Runner(questions.load(path, "test"), report=lambda line: None)
