@@ -18,7 +18,7 @@ from absl import flags, logging
 from data import eaqa_builder, scenes
 from data.command_line import define_config, run
 from data.drafts import QuestionConfig
-from data.fields import check_number
+from echo_jax import ranges
 
 PROGRAM = "data.build"
 
@@ -37,11 +37,9 @@ def build(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     scene_config = scenes.SceneConfig.from_mapping(config["scenes"])
     questions = QuestionConfig.from_mapping(config["questions"])
     max_bad_fraction = config["max_bad_fraction"]
-    check_number("num_processes", config["num_processes"], 1, whole=True)
-    check_number("max_bad_fraction", max_bad_fraction, 0)
-    if max_bad_fraction >= 1:
-        raise ValueError(f"max_bad_fraction must be less than 1, got {max_bad_fraction!r}")
-    check_number("max_seconds", config["max_seconds"], 0.1)
+    ranges.check("num_processes", config["num_processes"], ranges.COUNT)
+    ranges.check("max_bad_fraction", max_bad_fraction, ranges.SHARE_BELOW_ONE)
+    ranges.check("max_seconds", config["max_seconds"], ranges.Range(least=0.1))
     began = time.monotonic()
 
     def progress(done: int, total: int) -> None:

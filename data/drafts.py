@@ -7,14 +7,15 @@ function a kind finds the drafts of a scene; `data/questions.py` puts them into 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data import wordings
-from data.fields import check_number
 from data.records import KINDS, Scene
+from echo_jax import ranges
 
 Rng = np.random.Generator
 STYLES = ("full", "short")
@@ -62,22 +63,26 @@ class QuestionConfig:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        check_number("questions.seed", self.seed, 0, whole=True)
-        check_number("questions.per_scene", self.per_scene, 1, whole=True)
+        ranges.check("questions.seed", self.seed, ranges.Range(least=0, whole=True))
+        ranges.check("questions.per_scene", self.per_scene, ranges.COUNT)
         for kind, weight in self.kinds.items():
             if kind not in KINDS:
                 raise ValueError(f"questions.kinds.{kind} is unknown; use {list(KINDS)}")
-            check_number(f"questions.kinds.{kind}", weight, 0)
+            ranges.check(f"questions.kinds.{kind}", weight, ranges.NOT_NEGATIVE)
         if not any(self.kinds.values()):
             raise ValueError("questions.kinds asks for nothing; give one kind or more a weight")
         if self.style not in STYLES:
             raise ValueError(f"questions.style {self.style!r} is unknown; use {list(STYLES)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"questions.strategy {self.strategy!r}: use {list(STRATEGIES)}")
-        check_number("questions.min_choices", self.min_choices, 2, whole=True)
-        check_number("questions.num_choices", self.num_choices, self.min_choices, whole=True)
-        check_number("questions.max_citations", self.max_citations, 1, whole=True)
-        check_number("questions.ordinals", self.ordinals, 1, len(wordings.ORDINALS), whole=True)
+        for name, least, most in (
+            ("min_choices", 2, math.inf),
+            ("num_choices", self.min_choices, math.inf),
+            ("max_citations", 1, math.inf),
+            ("ordinals", 1, len(wordings.ORDINALS)),
+        ):
+            allowed = ranges.Range(least=least, most=most, whole=True)
+            ranges.check(f"questions.{name}", getattr(self, name), allowed)
 
 
 @dataclasses.dataclass(frozen=True)

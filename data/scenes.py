@@ -30,14 +30,14 @@ import scipy.fft
 import soundfile
 
 from data import recordings, sounds
-from data.fields import check_choices, check_number, check_span, check_tenths
 from data.records import Event, Scene, write_jsonl
+from echo_jax import ranges
 
 SPLITS = tuple(sounds.SPLIT_BANDS)
 NOISE_SLOPES = {"white": 0.0, "pink": 0.5, "brown": 1.0}  # amplitude falls as f ** -slope
 RENDER_CHUNK = 32
 # Sounds reach up to 7.5 kHz; what is beyond the highest no player knows.
-SAMPLING_RATES = (16_000, 192_000)
+_RATE = ranges.Range(least=16_000, most=192_000, whole=True)
 FILE_FORMATS = ("wav", "flac")
 SKIPPED_RECORDINGS = "skipped_recordings.jsonl"
 
@@ -95,32 +95,32 @@ class SceneConfig:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        check_number("scenes.seed", self.seed, 0, whole=True)
+        ranges.check("scenes.seed", self.seed, ranges.Range(least=0, whole=True))
         if unknown := [s for s in self.counts if s not in SPLITS]:
             raise ValueError(f"scenes.counts.{unknown[0]} is not a split; use {list(SPLITS)}")
         for split, count in self.counts.items():
-            check_number(f"scenes.counts.{split}", count, 0, whole=True)
-        check_span("scenes.duration_s", self.duration_s, 0)
-        check_span("scenes.event_s", self.event_s, 0.2)
-        check_span("scenes.num_events", self.num_events, 1, whole=True)
-        check_number("scenes.min_gap_s", self.min_gap_s, 0)
-        check_tenths("scenes.duration_s", *self.duration_s)
-        check_tenths("scenes.event_s", *self.event_s)
-        check_tenths("scenes.min_gap_s", self.min_gap_s)
-        check_number("scenes.overlap_probability", self.overlap_probability, 0, 1)
-        check_number("scenes.repeat_probability", self.repeat_probability, 0, 1)
-        check_span("scenes.event_db", self.event_db)
-        check_span("scenes.snr_db", self.snr_db)
+            ranges.check(f"scenes.counts.{split}", count, ranges.Range(least=0, whole=True))
+        ranges.check_span("scenes.duration_s", self.duration_s, ranges.NOT_NEGATIVE)
+        ranges.check_span("scenes.event_s", self.event_s, ranges.Range(least=0.2))
+        ranges.check_span("scenes.num_events", self.num_events, ranges.COUNT)
+        ranges.check("scenes.min_gap_s", self.min_gap_s, ranges.NOT_NEGATIVE)
+        _check_tenths("scenes.duration_s", *self.duration_s)
+        _check_tenths("scenes.event_s", *self.event_s)
+        _check_tenths("scenes.min_gap_s", self.min_gap_s)
+        ranges.check("scenes.overlap_probability", self.overlap_probability, ranges.SHARE)
+        ranges.check("scenes.repeat_probability", self.repeat_probability, ranges.SHARE)
+        ranges.check_span("scenes.event_db", self.event_db)
+        ranges.check_span("scenes.snr_db", self.snr_db)
         if self.noise_kinds != ():
-            check_choices("scenes.noise_kinds", self.noise_kinds, NOISE_SLOPES)
-        check_choices("scenes.file_formats", self.file_formats, FILE_FORMATS)
-        check_choices("scenes.channels", self.channels, (1, 2))
+            ranges.check_choices("scenes.noise_kinds", self.noise_kinds, NOISE_SLOPES)
+        ranges.check_choices("scenes.file_formats", self.file_formats, FILE_FORMATS)
+        ranges.check_choices("scenes.channels", self.channels, (1, 2))
         if not isinstance(self.sampling_rates, tuple) or not self.sampling_rates:
             raise ValueError(
-                f"scenes.sampling_rates must name one or more rates in Hz, got {self.sampling_rates!r}"
+                f"scenes.sampling_rates={self.sampling_rates!r} must name one or more rates in Hz"
             )
         for rate in self.sampling_rates:
-            check_number("scenes.sampling_rates: each", rate, *SAMPLING_RATES, whole=True)
+            ranges.check("scenes.sampling_rates: each", rate, _RATE)
         self._check_classes()
         longest = max([self.event_s[1]] + [_min_seconds(c) for c in self.class_names])
         needed = self.num_events[1] * (longest + self.min_gap_s)
@@ -174,6 +174,12 @@ class ScenePlan:
     event_db: tuple[float, ...]
     noise_kind: str
     noise_db: float
+
+
+def _check_tenths(field: str, *seconds: float) -> None:
+    for value in seconds:
+        if abs(value * 10 - round(value * 10)) > 1e-6:
+            raise ValueError(f"{field}: times are multiples of 0.1 s, got {value!r}")
 
 
 def _min_seconds(name: str) -> float:

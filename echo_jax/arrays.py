@@ -56,6 +56,7 @@ class ShardingRules:
     embed: str | tuple[str, ...] | None = None
     heads: str | tuple[str, ...] | None = None
     kv_heads: str | tuple[str, ...] | None = None
+    cache_heads: str | tuple[str, ...] | None = None
     head_dim: str | tuple[str, ...] | None = None
     mlp: str | tuple[str, ...] | None = None
 

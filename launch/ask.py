@@ -21,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import audio_files
-from echo_jax import huggingface
+from echo_jax import huggingface, ranges
 from echo_jax.arrays import Params
 from echo_jax.model.frontend import SAMPLE_RATE
 from echo_jax.sampler import FinishReason, Prompts, Sampler, SamplingOptions
 from echo_jax.text import prompts as prompts_lib
 from echo_jax.text.tokenizer import Tokenizer
-from echo_jax.train import ranges
 from eval import scoring
 
 FORMATS = ("interleaved", "grounded", "conditioned")
@@ -83,7 +82,7 @@ def stream(
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     num_clips = 0
     while True:
-        state = sampler.run(params, state, prompts, max_steps=steps)
+        state = sampler.run(params, state, max_steps=steps)
         # Copies: the next call gives the state's buffers away.
         tokens, sampled = np.array(state.tokens[0]), np.array(state.sampled[0])
         spans, length = np.array(state.segment_samples[0]), int(state.length[0])
@@ -202,7 +201,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("--max_tokens", args.max_tokens, ranges.COUNT),
     ):
         if value not in allowed:
-            parser.error(f"{flag} {value} must {allowed.words}")
+            parser.error(f"{flag} {value} must be {allowed}")
     return args
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from data.listening import ListeningConfig
+from echo_jax import ranges
 from echo_jax.model import frontend
+from echo_jax.ranges import Range
 from echo_jax.sampler import SamplingOptions
-from echo_jax.train import grpo, optimizer, ranges, replay, rewards
-from echo_jax.train.ranges import Range
+from echo_jax.train import grpo, optimizer, replay, rewards
 from launch import inputs
 
 FORMATS = ("conditioned", "grounded", "interleaved")
@@ -29,9 +30,7 @@ _RANGES = {
     "log_every_steps": ranges.COUNT,
     "checkpoint.every_steps": ranges.COUNT,
     "checkpoint.keep_last": ranges.COUNT,
-    "data.clip_seconds": Range(
-        f"be more than 0 and at most {_MOST_SECONDS:g}", lambda value: 0 < value <= _MOST_SECONDS
-    ),
+    "data.clip_seconds": Range(above=0, most=_MOST_SECONDS),
     "data.max_tokens": ranges.NOT_NEGATIVE,
     "data.max_bad_fraction": ranges.SHARE_BELOW_ONE,
     "data.cache_bytes": ranges.NOT_NEGATIVE,
@@ -44,12 +43,9 @@ _RANGES = {
     "listening.inline_fraction": ranges.SHARE,
     "listening.jitter_s": ranges.NOT_NEGATIVE,
     # Clips are cut in steps of 0.1 s.
-    "listening.max_clip_s": Range(
-        f"be at least 0.1 and at most {_MOST_SECONDS:g}",
-        lambda value: 0.1 <= value <= _MOST_SECONDS,
-    ),
+    "listening.max_clip_s": Range(least=0.1, most=_MOST_SECONDS),
     # The advantage of an answer is what it has over the others of its group.
-    "rollouts_per_query": Range("be at least 2", lambda value: value >= 2),
+    "rollouts_per_query": Range(least=2, whole=True),
     "queries_per_step": ranges.COUNT,
     "queries_per_minibatch": ranges.COUNT,
     "queries_per_microbatch": ranges.COUNT,

@@ -139,15 +139,18 @@ class ThinkerConfig:
                     source = json.load(file)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{name} is not valid JSON: {error}") from error
-        assert isinstance(source, Mapping)
-        root = source.get("thinker_config", source)
-        if "audio_config" not in root or "text_config" not in root:
+        root: Any = source.get("thinker_config", source) if isinstance(source, Mapping) else None
+        if not isinstance(root, Mapping):
+            root = {}
+        sections = [root.get(section) for section in ("audio_config", "text_config")]
+        if not all(isinstance(section, Mapping) for section in sections):
             raise ValueError(
-                f"{name} has no audio_config and text_config: not a Qwen2.5-Omni thinker"
+                f"{name} has no audio_config and text_config: it is not the config of a Qwen2.5-Omni thinker; copy "
+                "the checkpoint's file again"
             )
         audio, text = root["audio_config"], root["text_config"]
-        _check_supported(name, audio, text)
         try:
+            _check_supported(audio, text)
             rope = text.get("rope_parameters") or {}
             audio_config = AudioConfig(
                 num_layers=audio["encoder_layers"],
@@ -194,6 +197,10 @@ class ThinkerConfig:
             raise ValueError(f"{name} lacks the field {error.args[0]!r}") from error
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        except (AttributeError, TypeError) as error:  # a word where a number belongs
+            raise ValueError(
+                f"{name} is damaged ({error}); copy the checkpoint's file again"
+            ) from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the content of a thinker's config.json that transformers loads."""
@@ -268,7 +275,7 @@ class ThinkerConfig:
         return ThinkerConfig(audio=audio, text=text, **special_ids)
 
 
-def _check_supported(name: str, audio: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def _check_supported(audio: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Raises ValueError on settings that change the mathematics and that no Qwen2.5-Omni checkpoint uses."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     found = {
@@ -284,7 +291,7 @@ def _check_supported(name: str, audio: Mapping[str, Any], text: Mapping[str, Any
     for field, (value, supported) in found.items():
         if value not in supported:
             raise ValueError(
-                f"{name}: {field} is {value!r}, which is not supported (only {supported[0]!r})"
+                f"{field} is {value!r}, which is not supported (only {supported[0]!r})"
             )
 
 

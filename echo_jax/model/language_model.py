@@ -8,15 +8,18 @@ and each row has its own cursor.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from echo_jax.arrays import ArraySpec, Params
+from echo_jax.arrays import ArraySpec, Params, is_spec
 from echo_jax.model.config import TextConfig
 
 _UNROLLED_LAYERS = 4
+# Queries that attend together while a prompt is prefilled: the scores of 300 s of audio would be gigabytes.
+_QUERY_BLOCK = 512
 
 
 def param_specs(config: TextConfig) -> dict:
@@ -78,28 +81,40 @@ class KVCache(struct.PyTreeNode):
     never read.
     """
 
-    k: jax.Array  # [layers, B, S, kv_heads, head_dim]
-    v: jax.Array  # [layers, B, S, kv_heads, head_dim]
-    length: jax.Array  # i32[B]
+    k: Any  # [layers, B, S, kv_heads * copies, head_dim]
+    v: Any  # [layers, B, S, kv_heads * copies, head_dim]
+    length: Any  # i32[B]
 
     @staticmethod
-    def spec(
-        config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32
-    ) -> ArraySpec:
-        """Declares one of the two buffers."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        axes = ("layers", "batch", None, "kv_heads", "head_dim")
-        return ArraySpec(shape, axes, "zeros", dtype=dtype)
+    def specs(
+        config: TextConfig,
+        batch: int,
+        slots: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        copies: int = 1,
+    ) -> "KVCache":
+        """Declares the buffers.
+
+        Args:
+          config: sizes.
+          batch: rows B.
+          slots: tokens S a row.
+          dtype: of keys and values.
+          copies: each key/value head is held so often, beside itself. Where there are fewer heads than shards of the
+            query heads, every shard then holds the one head that its queries need.
+        """
+        shape = (config.num_layers, batch, slots, config.num_kv_heads * copies, config.head_dim)
+        axes = ("layers", "batch", None, "cache_heads", "head_dim")
+        buffer = ArraySpec(shape, axes, "zeros", dtype=dtype)
+        return KVCache(buffer, buffer, ArraySpec((batch,), ("batch",), "zeros", dtype=jnp.int32))
 
     @staticmethod
     def empty(
         config: TextConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> "KVCache":
         """Returns a cache that holds nothing yet."""
-        shape = KVCache.spec(config, batch, slots).shape
-        return KVCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32)
-        )
+        specs = KVCache.specs(config, batch, slots, dtype)
+        return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs, is_leaf=is_spec)
 
 
 def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
@@ -147,6 +162,25 @@ def attention(
     out_bgnk = jnp.einsum("bgns,bsgk->bgnk", weights.astype(v_bsgk.dtype), v_bsgk)
     out = out_bgnk.reshape(b, groups, h // groups, t, k).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, h, k)
+
+
+def _causal_attention(q_bthk: jax.Array, k_btgk: jax.Array, v_btgk: jax.Array) -> jax.Array:
+    """`attention` of whole rows, a block of queries at a time where they are long."""
+    length = q_bthk.shape[1]
+    if length <= _QUERY_BLOCK:
+        return attention(q_bthk, k_btgk, v_btgk, jnp.tril(jnp.ones((1, length, length), bool)))
+    blocks = -(-length // _QUERY_BLOCK)
+    padded = jnp.pad(q_bthk, ((0, 0), (0, blocks * _QUERY_BLOCK - length), (0, 0), (0, 0)))
+
+    def attend(first: jax.Array) -> jax.Array:
+        queries = jax.lax.dynamic_slice_in_dim(padded, first, _QUERY_BLOCK, axis=1)
+        positions = first + jnp.arange(_QUERY_BLOCK)
+        mask = jnp.arange(length) <= positions[:, None]
+        return attention(queries, k_btgk, v_btgk, mask[None])
+
+    # [blocks, B, block, H, head_dim]
+    attended = jax.lax.map(attend, jnp.arange(blocks) * _QUERY_BLOCK)
+    return jnp.moveaxis(attended, 0, 1).reshape(padded.shape)[:, :length]
 
 
 def _decoder_layer(
@@ -285,6 +319,63 @@ def forward_continuations(
     return rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
 
 
+def prefill(
+    config: TextConfig,
+    params: Params,
+    cache: KVCache,
+    x_qpe: jax.Array,
+    length_q: jax.Array,
+    rows_qg: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Runs prompts from their first token and puts each into G rows of the cache, whatever they held before.
+
+    Args:
+      config: sizes.
+      params: the language model's arrays.
+      cache: B rows of at least P slots.
+      x_qpe: [Q, P, hidden_size] embeddings of the prompts, right padded.
+      length_q: i32[Q].
+      rows_qg: i32[Q, G], the rows of each prompt; B or more where there are fewer.
+
+    Returns:
+      [Q, P, hidden_size] normalized final hidden states (meaningless in the padding) and the cache.
+    """
+    (num_prompts, length), group = x_qpe.shape[:2], rows_qg.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length), (num_prompts, length))
+    cos, sin = rotary(positions, config.head_dim, config.rope_theta)
+    rows = rows_qg.reshape(-1)
+
+    def layer(
+        carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, Params]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        x, keys, values = carry
+        index, p = scanned
+
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            each = jnp.repeat(_copy_heads(new, buffer), group, axis=0).astype(buffer.dtype)
+            return buffer.at[index, rows, :length].set(each, mode="drop")
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            nonlocal keys, values
+            keys, values = write(keys, k), write(values, v)
+            return _causal_attention(q, k, v)
+
+        x = _decoder_layer(config, p, x, cos, sin, attend)
+        return (x, keys, values), None
+
+    (x, keys, values), _ = jax.lax.scan(
+        layer, (x_qpe, cache.k, cache.v), (jnp.arange(config.num_layers), params["layers"])
+    )
+    hidden = rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
+    lengths = cache.length.at[rows].set(jnp.repeat(length_q, group), mode="drop")
+    return hidden, KVCache(keys, values, lengths)
+
+
+def _copy_heads(new: jax.Array, buffer: jax.Array) -> jax.Array:
+    """Key/value heads [..., kv_heads, head_dim] as often as a buffer of the cache holds them."""
+    return jnp.repeat(new, buffer.shape[-2] // new.shape[-2], axis=-2)
+
+
 def extend(
     config: TextConfig,
     params: Params,
@@ -304,8 +395,8 @@ def extend(
       num_new_b: i32[B], how many of the T entries are real for each row; 0 leaves a row untouched.
       rows: i32[B], the cache row of each chunk row when only some rows grow; None means all, in order. A cache row may
         be named more than once as long as at most one of its chunks is not empty.
-      visible_slots: attend to the first so many slots only; at least the longest row after this chunk (an empty cache
-        that is much longer than the prompt need not be read while the prompt is prefilled).
+      visible_slots: attend to the first so many slots only; at least the longest row after this chunk (what lies
+        beyond need not be read).
 
     Returns:
       [B, T, hidden_size] normalized final hidden states (meaningless in the padding) and the grown cache.
@@ -314,7 +405,6 @@ def extend(
     slots = cache.k.shape[2]
     visible = slots if visible_slots is None else visible_slots
     offsets = jnp.arange(chunk)
-    some = rows is not None
     row_b = rows if rows is not None else jnp.arange(batch)
     positions = cache.length[row_b][:, None] + offsets
     # Out-of-range writes are dropped: that is how padding leaves the cache alone.
@@ -328,20 +418,19 @@ def extend(
         x, keys, values = carry
         index, p = scanned
 
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            new = _copy_heads(new, buffer).astype(buffer.dtype)
+            return buffer.at[index, row_b[:, None], write_slots].set(new, mode="drop")
+
+        def read(buffer: jax.Array) -> jax.Array:
+            return buffer[index, :, :visible] if rows is None else buffer[index, row_b, :visible]
+
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal keys, values
             # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
             # the scan would copy the cache.
-            keys = keys.at[index, row_b[:, None], write_slots].set(
-                k.astype(keys.dtype), mode="drop"
-            )
-            values = values.at[index, row_b[:, None], write_slots].set(
-                v.astype(values.dtype), mode="drop"
-            )
-            k_visible, v_visible = keys[index, :, :visible], values[index, :, :visible]
-            if some:
-                k_visible, v_visible = k_visible[row_b], v_visible[row_b]
-            return attention(q, k_visible, v_visible, mask)
+            keys, values = write(keys, k), write(values, v)
+            return attention(q, read(keys), read(values), mask)
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None

@@ -116,10 +116,13 @@ def prefill(
     Returns:
       f32[B, vocab_size] logits after each row's last token, and the cache.
     """
-    batch, length = tokens.shape
+    batch = len(tokens)
     x = embed_tokens(config, params, tokens, clips)
     cache = KVCache.empty(config.text, batch, slots, x.dtype)
-    return extend(config, params, cache, x, num_tokens, visible_slots=length)
+    hidden, cache = language_model.prefill(
+        config.text, params["language_model"], cache, x, num_tokens, jnp.arange(batch)[:, None]
+    )
+    return _last_logits(params, hidden, num_tokens), cache
 
 
 def extend(
@@ -134,14 +137,26 @@ def extend(
     hidden, cache = language_model.extend(
         config.text, params["language_model"], cache, x_bte, num_new, visible_slots
     )
-    last = jnp.maximum(num_new - 1, 0)
-    last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return language_model.unembed(params["language_model"], last_hidden), cache
+    return _last_logits(params, hidden, num_new), cache
+
+
+def _last_logits(params: Params, hidden_bte: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    last = jnp.maximum(num_tokens - 1, 0)
+    last_hidden = jnp.take_along_axis(hidden_bte, last[:, None, None], axis=1)[:, 0]
+    return language_model.unembed(params["language_model"], last_hidden)
 
 
 def decode_step(
-    config: ThinkerConfig, params: Params, cache: KVCache, tokens: jax.Array, active: jax.Array
+    config: ThinkerConfig,
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    active: jax.Array,
+    visible_slots: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Feeds one token to each active row; i32[B], bool[B] -> f32[B, vocab_size] and the grown cache."""
+    """Feeds one token to each active row; i32[B], bool[B] -> f32[B, vocab_size] and the grown cache.
+
+    `visible_slots` is that of `language_model.extend`.
+    """
     x = language_model.embed(params["language_model"], tokens)[:, None]
-    return extend(config, params, cache, x, active.astype(jnp.int32))
+    return extend(config, params, cache, x, active.astype(jnp.int32), visible_slots)

@@ -2,5 +2,16 @@
 
 from echo_jax.sampler.loop import Sampler
 from echo_jax.sampler.state import FinishReason, Prompts, Rollout, SamplerState, SamplingOptions
+from echo_jax.sampler.stream import Answer, Request, stream
 
-__all__ = ["FinishReason", "Prompts", "Rollout", "Sampler", "SamplerState", "SamplingOptions"]
+__all__ = [
+    "Answer",
+    "FinishReason",
+    "Prompts",
+    "Request",
+    "Rollout",
+    "Sampler",
+    "SamplerState",
+    "SamplingOptions",
+    "stream",
+]

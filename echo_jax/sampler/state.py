@@ -2,20 +2,27 @@
 
 import dataclasses
 import enum
-import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from echo_jax import ranges
+from echo_jax.arrays import ArraySpec
 from echo_jax.model import frontend
+from echo_jax.model.config import ThinkerConfig
 from echo_jax.model.language_model import KVCache
+from echo_jax.model.thinker import AudioClips
 from echo_jax.text import automaton
 
 
 class FinishReason(enum.IntEnum):
     """Why a row stopped."""
 
+    EMPTY = -2
+    """The row holds no question."""
     ACTIVE = -1
     END = 0
     """The model wrote `<|im_end|>`."""
@@ -25,19 +32,34 @@ class FinishReason(enum.IntEnum):
     """The last allowed generate call ended at a `</seg>`."""
 
 
+_RANGES = {
+    "max_response_tokens": ranges.COUNT,
+    "max_turns": ranges.COUNT,
+    "temperature": ranges.NOT_NEGATIVE,
+    "top_k": ranges.Range(least=0, whole=True),
+    "top_p": ranges.Range(above=0, most=1),
+    "min_p": ranges.SHARE,
+    "insertion_slots": ranges.COUNT,
+    "insertion_patience": ranges.COUNT,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """Static choices of a sampler; changing one compiles a new loop.
 
     Attributes:
-      max_response_tokens: budget of a response; inserted audio counts (Echo: 2,048).
-      max_turns: generate calls an answer, so at most max_turns - 1 insertions (Echo: 8).
+      max_response_tokens: budget of a response; inserted audio counts (Echo: 2,048). A prompt may set a lower one.
+      max_turns: generate calls an answer, so at most max_turns - 1 insertions (Echo: 8). A prompt may set a lower one.
       insert_audio: True for the interleaved format; False for grounded and conditioned.
       temperature: 0 picks the most probable token.
       top_k: sample among the k most probable tokens; 0 means all.
       top_p: sample among the smallest set of most probable tokens that holds this much probability; 1 means all.
-      insertion_slots: how many rows get audio in one insertion; rows wait until so many are waiting or nothing else
-        can move.
+      min_p: sample among the tokens at least so probable as this share of the most probable one; 0 means all.
+      insertion_slots: how many rows get audio in one insertion (on a mesh: of each data shard). Rows wait until so many
+        are waiting or nothing else can move.
+      insertion_patience: decode steps that a row waits at most while others go on; a low number suits a batch whose
+        rows cite seldom. It changes no answer, only how fast they come.
       segment_seconds: lengths of the segment buffers in ascending order. An insertion uses the shortest one that holds
         its longest clip; clips longer than the last use a buffer as long as the recording.
     """
@@ -48,26 +70,20 @@ class SamplingOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     insertion_slots: int = 8
+    insertion_patience: int = 64
     segment_seconds: tuple[float, ...] = (2.0, 5.0, 10.0, 30.0)
 
     def __post_init__(self) -> None:
-        if self.max_response_tokens < 1 or self.max_turns < 1 or self.insertion_slots < 1:
-            raise ValueError(
-                "max_response_tokens, max_turns and insertion_slots must be at least 1"
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or positive")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must lie in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is negative")
-        if (
-            list(self.segment_seconds) != sorted(set(self.segment_seconds))
-            or min(self.segment_seconds, default=1) <= 0
+        for name, allowed in _RANGES.items():
+            ranges.check(name, getattr(self, name), allowed)
+        lengths = self.segment_seconds
+        if any(value not in ranges.POSITIVE for value in lengths) or list(lengths) != sorted(
+            set(lengths)
         ):
             raise ValueError(
-                f"segment_seconds {self.segment_seconds} must be positive and ascending"
+                f"segment_seconds={lengths} must hold lengths in seconds, ascending and more than 0"
             )
 
     @property
@@ -89,18 +105,22 @@ class SamplingOptions:
 
 
 class Prompts(struct.PyTreeNode):
-    """Questions to answer: Q prompts with one recording each.
+    """Questions to answer: Q prompts, each about one recording of at most S samples.
 
     Attributes:
       tokens: i32[Q, P], right padded.
       length: i32[Q].
       waveforms: f32[Q, S], 16 kHz mono, zero beyond num_samples; S a multiple of 160.
       num_samples: i32[Q].
-      audio_start: i32[Q], index of the first <|AUDIO|> token of each prompt.
+      audio_start: i32[Q], index of the first <|AUDIO|> token of each prompt's recording.
       insert_waveforms: f32[Q, S] or None: the recording that segments are cut from when it is not `waveforms`. Controls
         put silence here; the model still hears the true recording in its prompt.
       insert_shift_samples: i32[Q] or None: segments are cut so much later than cited, wrapping round inside the span of
         start positions that keep the clip whole (a control: another span of the same length).
+      other_clips: None, or clips that prompts hold beside their recording (an example, a sound to compare with); `row`
+        is the prompt. They are heard, and never cut: a citation means the recording.
+      max_response_tokens: i32[Q] or None: budgets of single prompts, at most that of the options.
+      max_turns: i32[Q] or None, likewise.
     """
 
     tokens: jax.Array | np.ndarray
@@ -110,6 +130,9 @@ class Prompts(struct.PyTreeNode):
     audio_start: jax.Array | np.ndarray
     insert_waveforms: jax.Array | np.ndarray | None = None
     insert_shift_samples: jax.Array | np.ndarray | None = None
+    other_clips: AudioClips | None = None
+    max_response_tokens: jax.Array | np.ndarray | None = None
+    max_turns: jax.Array | np.ndarray | None = None
 
     def check_shapes(self) -> None:
         """Checks that the arrays fit each other.
@@ -134,6 +157,8 @@ class Prompts(struct.PyTreeNode):
             "audio_start": (count,),
             "insert_waveforms": (count, samples),
             "insert_shift_samples": (count,),
+            "max_response_tokens": (count,),
+            "max_turns": (count,),
         }
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -149,30 +174,98 @@ class SamplerState(struct.PyTreeNode):
     Invariants: `tokens[b, :length[b]]` is the row so far. Its last token is *pending*: known, but not yet fed to the
     model, so an unfinished row has `cache.length == length - 1`. A row with `waiting` set has just closed a valid tag
     whose sample range stands in `segment_samples[b, num_segments[b]]`; it takes no decode step until its clip is in.
+    No row reads another's part of anything.
     """
 
     cache: KVCache
-    tokens: jax.Array  # i32[B, L]
-    prompt_length: jax.Array  # i32[B]
-    length: jax.Array  # i32[B]
-    logprob: jax.Array  # f32[B, L]
-    sampled: jax.Array  # bool[B, L]
-    stop_rest: jax.Array  # i32[B, L]
+    waveforms: Any  # f32[B, S], what segments are cut from
+    num_samples: Any  # i32[B]
+    insert_shift: Any  # i32[B]
+    budget: Any  # i32[B], most tokens of the response
+    max_turns: Any  # i32[B]
+    tokens: Any  # i32[B, L]
+    prompt_length: Any  # i32[B]
+    length: Any  # i32[B]
+    logprob: Any  # f32[B, L]
+    model_logprob: Any  # f32[B, L]
+    sampled: Any  # bool[B, L]
+    stop_rest: Any  # i32[B, L]
+    stop_reason: Any  # i32[B, L]
     tag: automaton.Carry  # one automaton a row
-    waiting: jax.Array  # bool[B]
-    num_turns: jax.Array  # i32[B]
-    num_segments: jax.Array  # i32[B]
-    segment_samples: jax.Array  # i32[B, M, 2]
-    segment_token_start: jax.Array  # i32[B, M]
-    finish_reason: jax.Array  # i32[B]
-    keys: jax.Array  # typed random keys [B]
-    num_decode_steps: jax.Array  # i32[]
-    num_insert_steps: jax.Array  # i32[]
+    waiting: Any  # bool[B]
+    waited: Any  # i32[B], decode steps since the row began to wait
+    num_turns: Any  # i32[B]
+    num_segments: Any  # i32[B]
+    segment_samples: Any  # i32[B, M, 2]
+    segment_token_start: Any  # i32[B, M]
+    finish_reason: Any  # i32[B]
+    keys: Any  # typed random keys [B]
+    num_decode_steps: Any  # i32[]
+    num_insert_steps: Any  # i32[]
 
     @property
     def active(self) -> jax.Array:
         """bool[B], rows that are not finished."""
         return self.finish_reason == FinishReason.ACTIVE
+
+    @staticmethod
+    def specs(
+        config: ThinkerConfig,
+        options: SamplingOptions,
+        rows: int,
+        prompt_tokens: int,
+        samples: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        key_dtype: Any = None,
+        head_copies: int = 1,
+    ) -> "SamplerState":
+        """Declares all arrays of the state.
+
+        Args:
+          config: sizes of the model.
+          options: budgets.
+          rows: B.
+          prompt_tokens: room for a prompt; L is this and the response's budget.
+          samples: S, room for a recording.
+          dtype: of the cache.
+          key_dtype: of the random keys; None for those of `jax.random.key`.
+          head_copies: how often the cache holds each key/value head (`KVCache.specs`).
+        """
+        length, clips = prompt_tokens + options.max_response_tokens, max(options.max_insertions, 1)
+
+        def per_row(dtype: Any, *shape: int) -> ArraySpec:
+            return ArraySpec((rows, *shape), ("batch", *[None] * len(shape)), "zeros", dtype=dtype)
+
+        number, counter = per_row(jnp.int32), ArraySpec((), (), "zeros", dtype=jnp.int32)
+        tag: dict[str, Any] = dict.fromkeys(automaton.Carry.__dataclass_fields__, number)
+        tag["closed"] = per_row(jnp.bool_)
+        return SamplerState(
+            cache=KVCache.specs(config.text, rows, length, dtype, head_copies),
+            waveforms=per_row(jnp.float32, samples),
+            num_samples=number,
+            insert_shift=number,
+            budget=number,
+            max_turns=number,
+            tokens=per_row(jnp.int32, length),
+            prompt_length=number,
+            length=number,
+            logprob=per_row(jnp.float32, length),
+            model_logprob=per_row(jnp.float32, length),
+            sampled=per_row(jnp.bool_, length),
+            stop_rest=per_row(jnp.int32, length),
+            stop_reason=per_row(jnp.int32, length),
+            tag=automaton.Carry(**tag),
+            waiting=per_row(jnp.bool_),
+            waited=number,
+            num_turns=number,
+            num_segments=number,
+            segment_samples=per_row(jnp.int32, clips, 2),
+            segment_token_start=per_row(jnp.int32, clips),
+            finish_reason=number,
+            keys=per_row(key_dtype or jax.eval_shape(jax.random.key, 0).dtype),
+            num_decode_steps=counter,
+            num_insert_steps=counter,
+        )
 
 
 class Rollout(struct.PyTreeNode):
@@ -184,9 +277,12 @@ class Rollout(struct.PyTreeNode):
       length: i32[B], prompt and response.
       logprob: f32[B, L], log-probability of tokens[b, t] under the sampling distribution, of the event where one token
         stands for a stop event; 0 where nothing was sampled.
+      model_logprob: f32[B, L], the same under the model itself: temperature 1 and all tokens that an answer may hold.
       sampled: bool[B, L]; inserted audio and the prompt are not.
       stop_rest: i32[B, L], the automaton's `rest_index` before the token at t, with which
-        `Automaton.event_log_prob` gives the token's or its event's log-probability; -1 where nothing can stop.
+        `Automaton.event_logit` gives the logit of the token or its event; -1 where nothing can stop.
+      stop_reason: i32[B, L], the `segments.Reason` of the `</seg>` that the token at t closes: VALID where its audio
+        follows, or why there is none; -1 where none is closed.
       segment_samples: i32[B, M, 2], begin and end of each inserted clip in the recording's samples.
       segment_token_start: i32[B, M], index of the first <|AUDIO|> of each inserted clip.
       num_segments: i32[B], inserted clips.
@@ -200,8 +296,10 @@ class Rollout(struct.PyTreeNode):
     prompt_length: jax.Array | np.ndarray
     length: jax.Array | np.ndarray
     logprob: jax.Array | np.ndarray
+    model_logprob: jax.Array | np.ndarray
     sampled: jax.Array | np.ndarray
     stop_rest: jax.Array | np.ndarray
+    stop_reason: jax.Array | np.ndarray
     segment_samples: jax.Array | np.ndarray
     segment_token_start: jax.Array | np.ndarray
     num_segments: jax.Array | np.ndarray

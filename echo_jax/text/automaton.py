@@ -191,20 +191,22 @@ class Automaton:
         stops = (rest >= 0) & jnp.asarray(self.stop_mask)[rest, tokens]
         return jnp.where(stops, jnp.asarray(self.canonical)[rest], tokens)
 
-    def event_log_prob(self, log_probs: jax.Array, rest: jax.Array, events: jax.Array) -> jax.Array:
-        """Log-probability of events of `stop_event`: the log-sum over the tokens of a stop, else the token's own.
+    def event_logit(self, logits: jax.Array, rest: jax.Array, events: jax.Array) -> jax.Array:
+        """Logit of events of `stop_event`: the log-sum over the tokens of a stop, else the token's own.
+
+        Less the log-sum over the vocabulary, or from normalized logits, it is the log-probability.
 
         Args:
-          log_probs: f32[..., V] of the distribution the tokens are drawn from.
+          logits: f32[..., V] of the distribution the tokens are drawn from.
           rest, events: i32[...] as in `stop_event`.
 
         Returns:
           f32[...].
         """
-        own = jnp.take_along_axis(log_probs, events[..., None], -1)[..., 0]
+        own = jnp.take_along_axis(logits, events[..., None], -1)[..., 0]
         stops = (rest >= 0) & (events == jnp.asarray(self.canonical)[rest])
         ids = jnp.asarray(self.stop_tokens)[rest]
-        members = jnp.take_along_axis(log_probs, jnp.maximum(ids, 0), -1)
+        members = jnp.take_along_axis(logits, jnp.maximum(ids, 0), -1)
         members = jnp.where(ids >= 0, members, -jnp.inf)
         # Where nothing stops, zeros keep the gradient of the unused branch finite.
         total = jax.nn.logsumexp(jnp.where(stops[..., None], members, 0.0), -1)

@@ -47,7 +47,9 @@ class Reason(enum.IntEnum):
     NOT_INCREASING = 4  # start >= end, in samples
     OUT_OF_RANGE = 5  # starts at or behind the end of the recording
     TOO_SHORT = 6  # less than 0.2 s of the recording
-    NO_TURNS_LEFT = 7  # the turn limit is reached; only a sampler can say so
+    # Only a sampler can say these.
+    NO_TURNS_LEFT = 7  # the turn limit is reached
+    NO_ROOM = 8  # the clip does not fit into what is left of the response's budget
 
 
 class Op(enum.IntEnum):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echo_jax.train import ranges
+from echo_jax import ranges
 from echo_jax.train.sft import SumAndDenominator
 
 Entry = TypeVar("Entry")

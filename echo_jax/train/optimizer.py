@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from echo_jax.train import ranges
+from echo_jax import ranges
 
 PyTree = Any
 Rules = Sequence[tuple[str, str]]

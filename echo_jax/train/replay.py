@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from echo_jax import ranges
 from echo_jax.arrays import Params
 from echo_jax.model import language_model, thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import loop
 from echo_jax.sampler.state import Prompts, Rollout
-from echo_jax.train import grpo, ranges, targets
+from echo_jax.train import grpo, targets
 from echo_jax.train.sft import SumAndDenominator
 
 # By how much the room for clips grows where the least is not enough: a few large steps, few compilations.
@@ -218,7 +219,13 @@ def hidden_states(
     cut = tuple(
         thinker.AudioClips(
             waveforms=loop.cut_segments(
-                prompts, slots.row // group, slots.begin, slots.num_samples, buffer
+                recordings.waveforms,
+                num_samples,
+                jnp.zeros_like(num_samples),
+                slots.row // group,
+                slots.begin,
+                slots.num_samples,
+                buffer,
             ),
             num_samples=slots.num_samples,
             row=slots.row,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,16 +127,16 @@ def test_records_of_another_longest_file_are_another_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("max_bad_fraction", -1.0, "must be a number of at least 0, got -1.0"),
-        ("max_bad_fraction", 1.0, "must be less than 1, got 1.0"),
-        ("num_processes", 0, "must be a whole number of at least 1, got 0"),
-        ("max_seconds", 0.0, "must be a number of at least 0.1, got 0.0"),
+        ("max_bad_fraction", -1.0, "must be a finite number in [0, 1)"),
+        ("max_bad_fraction", 1.0, "must be a finite number in [0, 1)"),
+        ("num_processes", 0, "must be a whole number, at least 1"),
+        ("max_seconds", 0.0, "must be a finite number, at least 0.1"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(field, value, message, tmp_path):
     config = get_config("test")
     config[field] = value
-    with pytest.raises(ValueError, match=f"^{field} {message}"):
+    with pytest.raises(ValueError, match="^" + re.escape(f"{field}={value} {message}")):
         build.build(config, tmp_path)
 
 
@@ -148,7 +149,7 @@ def test_a_bad_value_is_refused_with_its_field(field, value, message, tmp_path):
         (["--config=configs/scenes.py:tset"], "did you mean test?"),
         (
             ["--config=configs/scenes.py:test", "--config.scenes.duration_s=6"],
-            "scenes.duration_s must be two numbers",
+            "scenes.duration_s=(6,) must be two numbers",
         ),
         (
             [

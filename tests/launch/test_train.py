@@ -165,7 +165,10 @@ def test_what_means_nothing_is_refused_before_anything_is_read(stage, tmp_path):
     config = stage.get_config("test")
     config.init_from = "/nowhere/at/all"
     config.optimizer.b2 = 1.0
-    with pytest.raises(ValueError, match=r"config.optimizer.b2=1.0 must lie in \[0, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.optimizer.b2=1.0 must be a finite number in \[0, 1\)",
+    ):
         train.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
@@ -337,8 +340,10 @@ def rollout_of(tokenizer: Tokenizer, texts: list[str], inserted: list[int]) -> R
         prompt_length=np.full(count, 2),
         length=np.array([len(row) + 2 for row in rows]),
         logprob=np.where(sampled, np.log(0.5), 0.0),
+        model_logprob=np.where(sampled, np.log(0.5), 0.0),
         sampled=sampled,
         stop_rest=np.full(tokens.shape, -1),
+        stop_reason=np.full(tokens.shape, -1),
         segment_samples=np.zeros((count, 7, 2), np.int32),
         segment_token_start=np.zeros((count, 7), np.int32),
         num_segments=np.array(inserted),

@@ -40,6 +40,8 @@ def log_probs(logits: np.ndarray, allowed: np.ndarray, options: SamplingOptions)
             cumulative = np.cumsum(np.exp(_normalized(scores)[order]))
             count = int(np.searchsorted(cumulative, options.top_p)) + 1
             scores = np.where(scores >= scores[order[min(count, len(order)) - 1]], scores, -np.inf)
+        if options.min_p:
+            scores = np.where(scores - scores.max() >= np.log(options.min_p), scores, -np.inf)
     return _normalized(scores)
 
 

@@ -148,7 +148,7 @@ def test_chunks_of_steps_equal_one_run(world, talkative, sampled):
     state = sampler.start(talkative, world.prompts, KEYS[:3])
     chunks, before = 0, jax.device_get((state.tokens, state.length))
     while np.asarray(state.active).any():
-        state = sampler.run(talkative, state, world.prompts, max_steps=9)
+        state = sampler.run(talkative, state, max_steps=9)
         chunks += 1
         tokens, length, cached = jax.device_get((state.tokens, state.length, state.cache.length))
         for row, end in enumerate(before[1]):  # what has been streamed stays
@@ -230,7 +230,7 @@ def test_a_second_call_compiles_nothing(world, talkative, sampled):
         jax.block_until_ready(sampler(talkative, prompts, jax.random.key(1)))
         state = sampler.start(talkative, prompts, jax.random.key(2))
         for steps in (1, 4, None):
-            state = sampler.run(talkative, state, prompts, max_steps=steps)
+            state = sampler.run(talkative, state, max_steps=steps)
         assert len(compiled) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

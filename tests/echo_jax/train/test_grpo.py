@@ -185,7 +185,7 @@ def test_token_logprobs_with_temperature_events_and_forbidden_tokens():
 @pytest.mark.parametrize("field", ["clip_low", "clip_high", "dual_clip", "kl_coefficient"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_options_that_mean_nothing_are_named(field, value):
-    message = f"config.loss.{field}={value!r} must be a finite number, 0 or more"
+    message = f"config.loss.{field}={value!r} must be a finite number, at least 0"
     with pytest.raises(ValueError, match=message):
         grpo.GrpoOptions(**{field: value})
 

@@ -40,16 +40,20 @@ def test_constant_and_linear():
     [
         ("schedule", "cosin", "be one of constant, cosine, linear"),
         *(
-            (field, value, "be a finite number, 0 or more")
+            (field, value, "be a finite number, at least 0")
             for field in ("learning_rate", "eps", "weight_decay", "clip_norm")
             for value in (-1e-9, math.nan, math.inf)
         ),
         *(
-            (field, value, "lie in [0, 1]")
+            (field, value, "be a finite number in [0, 1]")
             for field in ("warmup_fraction", "final_fraction")
             for value in (-0.1, 1.1, math.nan)
         ),
-        *((field, value, "lie in [0, 1)") for field in ("b1", "b2") for value in (-0.1, 1.0)),
+        *(
+            (field, value, "be a finite number in [0, 1)")
+            for field in ("b1", "b2")
+            for value in (-0.1, 1.0)
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_named(field, value, must):

@@ -126,8 +126,14 @@ def test_what_does_not_divide_is_named(rollout, prompts):
         ({"least_slots": (4, 0, 4)}, "config.replay.least_slots=(4, 0, 4) must hold whole numbers"),
         ({"least_slots": (4, 1.5, 4)}, "must hold whole numbers, each at least 1"),
         ({"least_slots": ("a",)}, "must hold whole numbers, each at least 1"),
-        ({"token_multiple": 0}, "config.replay.token_multiple=0 must be at least 1"),
-        ({"target_multiple": -8}, "config.replay.target_multiple=-8 must be at least 1"),
+        (
+            {"token_multiple": 0},
+            "config.replay.token_multiple=0 must be a whole number, at least 1",
+        ),
+        (
+            {"target_multiple": -8},
+            "config.replay.target_multiple=-8 must be a whole number, at least 1",
+        ),
         (
             {"temperature": 0.0},
             "config.sampling.temperature=0.0 must be a finite number, more than",
