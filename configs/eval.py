@@ -33,12 +33,17 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.temperature = 0.7
     config.top_k = 0
     config.top_p = 1.0
+    config.min_p = 0.0
     config.max_turns = 8
     config.max_response_tokens = 2048
+    # Rows that get audio together, and how many decode steps one waits for the others at most.
     config.insertion_slots = 8
+    config.insertion_patience = 64
     config.segment_seconds = (2.0, 5.0, 10.0, 30.0)
 
+    # Answers in the making at a time, and questions that are prefilled together as rows become free; 0 is an eighth.
     config.batch_size = 16
+    config.refill = 0
     # A recording goes into the shortest of these that holds it; each is one compiled program.
     config.clip_seconds = (10.0, 30.0, 60.0, 300.0)
     # Share of the questions whose recording may turn out unusable before the run stops.

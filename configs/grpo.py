@@ -32,6 +32,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     sampling.max_response_tokens = 2048
     sampling.max_turns = 8
     sampling.insertion_slots = 8
+    sampling.insertion_patience = 64
     sampling.segment_seconds = (2.0, 5.0, 10.0, 30.0)
 
     reward = config.reward = ConfigDict()

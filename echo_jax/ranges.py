@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Range:
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
+        value = cast("float", value)
         return (
             -math.inf < value < math.inf
             and self.least <= value <= self.most

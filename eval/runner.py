@@ -1,11 +1,11 @@
-"""Asks a model questions: batches of fixed shapes through the interleaved sampler, resumable after a kill."""
+"""Asks a model questions: a stream through the rows of the interleaved sampler, resumable after a kill."""
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,20 @@ from data import pipeline
 from data.audio_files import AudioFileError
 from data.audio_store import AudioStore
 from data.records import EaqaRecord
-from echo_jax import huggingface
+from echo_jax import huggingface, ranges
 from echo_jax.arrays import Params
 from echo_jax.model import frontend
 from echo_jax.model.config import ThinkerConfig
-from echo_jax.sampler import FinishReason, Prompts, Rollout, Sampler, SamplingOptions
+from echo_jax.sampler import (
+    Answer,
+    FinishReason,
+    Prompts,
+    Request,
+    Rollout,
+    Sampler,
+    SamplingOptions,
+    stream,
+)
 from echo_jax.text import prompts as prompts_lib
 from echo_jax.text import segments
 from echo_jax.text.tokenizer import Tokenizer
@@ -29,7 +38,9 @@ from eval.questions import QuestionSet
 from eval.responses import Response, ResponseLog
 from eval.results import Sample
 
+# Lengths to which prompts are padded: the longest of a group, its half and so on, each of them a compiled prefill.
 PROMPT_MULTIPLE = 16
+LEAST_PROMPT = 64
 FINISH_NAMES = {
     FinishReason.END: "end",
     FinishReason.TOKEN_BUDGET: "token_budget",
@@ -38,10 +49,10 @@ FINISH_NAMES = {
 
 
 class Answerer(Protocol):
-    """What a run needs of a sampler: answers for a batch, one random key a row."""
+    """What a run needs of a sampler: answers to a group of questions, as they finish."""
 
-    def __call__(self, prompts: Prompts, keys: jax.Array) -> Rollout:
-        """Answers each prompt once."""
+    def __call__(self, requests: Iterable[Request], group: "PlannedGroup") -> Iterable[Answer]:
+        """Answers each request once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Settings:
 
     Attributes:
         prompts: format -> name of the prompt preset.
+        batch_size: answers in the making at a time.
+        refill: questions that are prefilled together; 0 for an eighth of the batch.
         clip_seconds: capacities for recordings, ascending; each is one compiled program.
         max_bad_fraction: share of the questions whose recording may be unusable before the run
             stops.
@@ -62,23 +75,25 @@ class Settings:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     max_turns: int
     max_response_tokens: int
     insertion_slots: int
+    insertion_patience: int
     segment_seconds: tuple[float, ...]
     batch_size: int
+    refill: int
     clip_seconds: tuple[float, ...]
     max_bad_fraction: float
 
     def __post_init__(self) -> None:
         controls.get(self.control, self.format)
         prompts_lib.preset(self.prompt)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        ranges.check("batch_size", self.batch_size, ranges.COUNT)
+        ranges.check("refill", self.refill, ranges.Range(least=0, most=self.batch_size, whole=True))
         if not self.clip_seconds or list(self.clip_seconds) != sorted(set(self.clip_seconds)):
             raise ValueError(f"clip_seconds must be ascending, got {self.clip_seconds}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction must be 0 to 1, got {self.max_bad_fraction}")
+        ranges.check("max_bad_fraction", self.max_bad_fraction, ranges.SHARE)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -105,13 +120,15 @@ class Settings:
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
             insertion_slots=self.insertion_slots,
+            insertion_patience=self.insertion_patience,
             segment_seconds=self.segment_seconds,
         )
 
     def deciding(self) -> dict[str, Any]:
         """The fields that decide what is answered; the others decide how fast."""
-        names = ("format", "control", "seed", "prompt", "temperature", "top_k", "top_p")
+        names = ("format", "control", "seed", "prompt", "temperature", "top_k", "top_p", "min_p")
         return {name: getattr(self, name) for name in (*names, "max_turns", "max_response_tokens")}
 
 
@@ -181,12 +198,24 @@ class Runner:
                 too many recordings are unusable.
         """
         sampler = self._sampler(model, settings)
+        compiled = len(sampler.programs)
 
-        def answerer(prompts: Prompts, keys: jax.Array) -> Rollout:
-            return jax.device_get(sampler(model.params, prompts, keys))
+        def answerer(requests: Iterable[Request], group: PlannedGroup) -> Iterator[Answer]:
+            return stream(
+                sampler,
+                model.params,
+                requests,
+                rows=settings.batch_size,
+                prompt_tokens=group.prompt_tokens,
+                samples=group.samples,
+                refill=settings.refill or None,
+            )
 
         facts = {"model": str(model.path), "model_sha256": model.sha256}
-        return self.ask(answerer, model.tokenizer, settings, output, facts)
+        outcome = self.ask(answerer, model.tokenizer, settings, output, facts)
+        new = sampler.programs[compiled:]
+        self._report(f"compiled {len(new)} programs" + "".join(f"\n  {name}" for name in new))
+        return outcome
 
     def ask(
         self,
@@ -217,14 +246,13 @@ class Runner:
             self._report(f"not asked: {row['id']}: {row['reason']}")
         self._check_skipped(skipped, settings)
         began, asked_before = time.monotonic(), len(log.responses)
-        for batch in planned:
-            open_records = [record for record in batch.records if record.id not in log.responses]
-            waves = self._read(open_records, skipped, settings)
-            pending = [record for record in open_records if record.id in waves]
-            if pending:
-                answered = _ask_batch(answerer, batch, pending, waves, tokenizer, settings)
-                log.add(answered)
-                self._progress(log, len(skipped), asked_before, began)
+        for group in planned:
+            for response in self._answers(answerer, group, tokenizer, settings, log, skipped):
+                log.add([response])
+                if (len(log.responses) - asked_before) % settings.batch_size == 0:
+                    self._progress(log, len(skipped), asked_before, began)
+        if (len(log.responses) - asked_before) % settings.batch_size:
+            self._progress(log, len(skipped), asked_before, began)
         seconds = time.monotonic() - began
         answered_now = len(log.responses) - asked_before
         samples = [
@@ -248,7 +276,6 @@ class Runner:
             "seconds": round(seconds, 3),
             "answers": answered_now,
             "answers_per_s": round(answered_now / seconds, 3) if answered_now else None,
-            "batches": len(planned),
         }
         _write(output / "timing.json", json.dumps(timing, indent=2) + "\n")
         return Outcome(found, samples, output)
@@ -260,26 +287,47 @@ class Runner:
             self._samplers[key] = Sampler(model.config, model.tokenizer, settings.sampling)
         return self._samplers[key]
 
+    def _answers(
+        self,
+        answerer: Answerer,
+        group: "PlannedGroup",
+        tokenizer: Tokenizer,
+        settings: Settings,
+        log: ResponseLog,
+        skipped: list[dict[str, str]],
+    ) -> Iterator[Response]:
+        """Asks what of a group has no response yet; recordings are read as rows become free."""
+        asked: list[tuple[str, int]] = []
+
+        def requests() -> Iterator[Request]:
+            for record, chat in zip(group.records, group.chats, strict=True):
+                if record.id in log.responses:
+                    continue
+                wave = self._read(record, skipped, settings)
+                if wave is not None:
+                    asked.append((record.id, len(wave)))
+                    yield make_request(record, chat, wave, settings)
+
+        for answer in answerer(requests(), group):
+            yield _response(*asked[answer.index], answer.rollout, tokenizer)
+
     def _read(
-        self, records: Sequence[EaqaRecord], skipped: list[dict[str, str]], settings: Settings
-    ) -> dict[str, np.ndarray]:
-        """Returns id -> waveform for those whose recording can be used; names the others."""
-        waves = {}
-        for record in records:
-            wanted = pipeline.num_samples_of(record.duration_s)
-            try:
-                wave = self.store.read(record.audio_path, record.duration_s, record.duration_s)
-            except AudioFileError as error:
-                skipped.append(
-                    {"id": record.id, "audio_path": record.audio_path, "reason": error.reason}
-                )
-                self._report(f"not asked: {record.id}: {error}")
-                continue
-            fitted = np.zeros(wanted, np.float32)
-            fitted[: len(wave)] = wave[:wanted]
-            waves[record.id] = fitted
-        self._check_skipped(skipped, settings)
-        return waves
+        self, record: EaqaRecord, skipped: list[dict[str, str]], settings: Settings
+    ) -> np.ndarray | None:
+        """Returns the recording of a question; names one that cannot be used."""
+        wanted = pipeline.num_samples_of(record.duration_s)
+        try:
+            wave = self.store.read(record.audio_path, record.duration_s, record.duration_s)
+        except AudioFileError as error:
+            skipped.append(
+                {"id": record.id, "audio_path": record.audio_path, "reason": error.reason}
+            )
+            self._report(f"not asked: {record.id}: {error}")
+            self._check_skipped(skipped, settings)
+            return None
+        fitted = np.zeros(wanted, np.float32)
+        fitted[: len(wave)] = wave[:wanted]
+        return fitted
 
     def _check_skipped(self, skipped: Sequence[Mapping[str, str]], settings: Settings) -> None:
         total = len(self.question_set.records) + len(self.question_set.unaskable)
@@ -308,29 +356,29 @@ class Runner:
         )
 
 
-# ---------------------------------------------------------------- batches
+# ---------------------------------------------------------------- questions
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedBatch:
-    """Questions that are asked together.
+class PlannedGroup:
+    """Questions whose recordings share a capacity, those with similar prompts side by side.
 
     Attributes:
-        records: at most `batch_size`.
+        records: the questions.
         chats: their encoded prompts.
-        prompt_tokens: P, the capacity for prompts.
-        samples: S, the capacity for recordings.
+        prompt_tokens: capacities for prompts, ascending.
+        samples: capacity for a recording.
     """
 
     records: tuple[EaqaRecord, ...]
     chats: tuple[prompts_lib.EncodedChat, ...]
-    prompt_tokens: int
+    prompt_tokens: tuple[int, ...]
     samples: int
 
 
 def plan(
     records: Sequence[EaqaRecord], tokenizer: Tokenizer, settings: Settings
-) -> Iterator[PlannedBatch]:
+) -> Iterator[PlannedGroup]:
     """Groups questions of similar length; the plan depends on the questions and settings alone.
 
     Raises:
@@ -357,59 +405,40 @@ def plan(
             raise ValueError(f"question {record.id!r}: {record.audio_path}: {error}") from None
         groups.setdefault(capacity, []).append((record, chat))
     for capacity, group in sorted(groups.items()):
-        longest = max(len(chat.tokens) for _, chat in group)
-        prompt_tokens = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        for begin in range(0, len(group), settings.batch_size):
-            chosen = group[begin : begin + settings.batch_size]
-            yield PlannedBatch(
-                tuple(record for record, _ in chosen),
-                tuple(chat for _, chat in chosen),
-                prompt_tokens,
-                capacity,
-            )
+        group.sort(key=lambda pair: len(pair[1].tokens))
+        lengths = [-(-len(group[-1][1].tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE]
+        while lengths[0] // 2 >= LEAST_PROMPT:
+            lengths.insert(0, -(-lengths[0] // 2 // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+        yield PlannedGroup(
+            tuple(record for record, _ in group),
+            tuple(chat for _, chat in group),
+            tuple(lengths),
+            capacity,
+        )
 
 
-def _ask_batch(
-    answerer: Answerer,
-    batch: PlannedBatch,
-    pending: Sequence[EaqaRecord],
-    waves: Mapping[str, np.ndarray],
-    tokenizer: Tokenizer,
-    settings: Settings,
-) -> list[Response]:
-    """Asks the pending questions of a batch, each in its own row; other rows repeat one of them."""
-    wanted = {record.id for record in pending}
-    filler = next(i for i, record in enumerate(batch.records) if record.id in wanted)
-    rows = [
-        i if i < len(batch.records) and batch.records[i].id in wanted else filler
-        for i in range(settings.batch_size)
-    ]
-    tokens = np.full((len(rows), batch.prompt_tokens), tokenizer.pad_id, np.int32)
-    waveforms = np.zeros((len(rows), batch.samples), np.float32)
-    for row, i in enumerate(rows):
-        tokens[row, : len(batch.chats[i].tokens)] = batch.chats[i].tokens
-        wave = waves[batch.records[i].id]
-        waveforms[row, : len(wave)] = wave
-    numbers = np.array([_number(batch.records[i].id) for i in rows], np.uint32)
-    prompts = Prompts(
-        tokens=tokens,
-        length=np.array([len(batch.chats[i].tokens) for i in rows], np.int32),
-        waveforms=waveforms,
-        num_samples=np.array([len(waves[batch.records[i].id]) for i in rows], np.int32),
-        audio_start=np.array([batch.chats[i].audio_starts[0] for i in rows], np.int32),
-        # Always given, so that a control runs the very program of the run without it.
-        insert_waveforms=waveforms,
-        insert_shift_samples=np.zeros(len(rows), np.int32),
+def make_request(
+    record: EaqaRecord, chat: prompts_lib.EncodedChat, wave: np.ndarray, settings: Settings
+) -> Request:
+    """What the sampler is asked; the control is applied, and a question's randomness is its own."""
+    # Whole mel frames, as the sampler wants them.
+    waveform = np.zeros(
+        (1, -(-len(wave) // frontend.HOP_SAMPLES) * frontend.HOP_SAMPLES), np.float32
     )
-    prompts = controls.CONTROLS[settings.control].apply(prompts, numbers)
-    # A question's randomness is its own, whatever stands beside it.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(settings.seed), numbers)
-    rollout = answerer(prompts, keys)
-    return [
-        _response(batch.records[i].id, rollout, i, int(prompts.num_samples[i]), tokenizer)
-        for i in range(len(batch.records))
-        if batch.records[i].id in wanted
-    ]
+    waveform[0, : len(wave)] = wave
+    prompts = Prompts(
+        tokens=chat.tokens[None],
+        length=np.array([len(chat.tokens)], np.int32),
+        waveforms=waveform,
+        num_samples=np.array([len(wave)], np.int32),
+        audio_start=np.array([chat.audio_starts[0]], np.int32),
+        # Always given, so that a control runs the very program of the run without it.
+        insert_waveforms=waveform,
+        insert_shift_samples=np.zeros(1, np.int32),
+    )
+    number = _number(record.id)
+    prompts = controls.CONTROLS[settings.control].apply(prompts, np.array([number], np.uint32))
+    return Request(prompts, jax.random.fold_in(jax.random.key(settings.seed), number))
 
 
 def _number(question_id: str) -> int:
@@ -418,13 +447,13 @@ def _number(question_id: str) -> int:
 
 
 def _response(
-    question_id: str, rollout: Rollout, row: int, num_samples: int, tokenizer: Tokenizer
+    question_id: str, num_samples: int, rollout: Rollout, tokenizer: Tokenizer
 ) -> Response:
-    """Reads one row of a rollout."""
-    begin, end = int(rollout.prompt_length[row]), int(rollout.length[row])
-    sampled = np.asarray(rollout.sampled[row, begin:end])
-    text = tokenizer.decode(np.asarray(rollout.tokens[row, begin:end])[sampled])
-    clips = np.asarray(rollout.segment_samples[row, : int(rollout.num_segments[row])])
+    """Reads the one row of a rollout."""
+    begin, end = int(rollout.prompt_length[0]), int(rollout.length[0])
+    sampled = np.asarray(rollout.sampled[0, begin:end])
+    text = tokenizer.decode(np.asarray(rollout.tokens[0, begin:end])[sampled])
+    clips = np.asarray(rollout.segment_samples[0, : int(rollout.num_segments[0])])
     return {
         "id": question_id,
         "text": text,
@@ -432,7 +461,7 @@ def _response(
         "inserted": (clips / frontend.SAMPLE_RATE).tolist(),
         "num_tokens": int(sampled.sum()),
         "num_audio_tokens": int((~sampled).sum()),
-        "finish_reason": FINISH_NAMES[FinishReason(int(rollout.finish_reason[row]))],
+        "finish_reason": FINISH_NAMES[FinishReason(int(rollout.finish_reason[0]))],
     }
 
 

@@ -54,6 +54,7 @@ _RANGES = {
     "sampling.max_response_tokens": ranges.COUNT,
     "sampling.max_turns": ranges.COUNT,
     "sampling.insertion_slots": ranges.COUNT,
+    "sampling.insertion_patience": ranges.COUNT,
 }
 
 

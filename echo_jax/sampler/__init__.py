@@ -1,6 +1,7 @@
 """The interleaved sampler: one jitted loop that thinks, listens again and goes on, for many rows at once."""
 
-from echo_jax.sampler.loop import Sampler
+from echo_jax.sampler.sampler import Sampler
+from echo_jax.sampler.sharding import decode_rules
 from echo_jax.sampler.state import FinishReason, Prompts, Rollout, SamplerState, SamplingOptions
 from echo_jax.sampler.stream import Answer, Request, stream
 
@@ -13,5 +14,6 @@ __all__ = [
     "Sampler",
     "SamplerState",
     "SamplingOptions",
+    "decode_rules",
     "stream",
 ]

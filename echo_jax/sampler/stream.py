@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.arrays import Params
-from echo_jax.sampler.loop import Sampler
+from echo_jax.sampler.sampler import Sampler
 from echo_jax.sampler.state import FinishReason, Prompts, Rollout, SamplerState
 
 
@@ -201,7 +201,10 @@ class _Queue:
         """Reads on until there are `count`, and says whether there is any."""
         for index, request in itertools.islice(self._source, max(0, count - len(self._read))):
             prompts = request.prompts
-            prompts.check_shapes()
+            try:
+                prompts.check_shapes()
+            except ValueError as error:
+                raise ValueError(f"request {index}: {error}") from None
             have = (prompts.tokens.shape[1], prompts.waveforms.shape[1])
             if len(prompts.tokens) != 1 or any(
                 n > most for n, most in zip(have, self._limits, strict=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from echo_jax.sampler import FinishReason, Rollout
+from echo_jax.sampler import Answer, FinishReason, Rollout
 from eval import controls, questions, runner
 from eval.runner import Runner
 from tests.eval.examples import released_row
@@ -18,51 +18,54 @@ class Killed(Exception):
 
 
 class FakeSampler:
-    """Cites 0.5 to 1.5 s and answers by a draw from the row's own key; remembers what it was asked."""
+    """Cites 0.5 to 1.5 s and answers by a draw from the question's own key; remembers what it was asked.
+
+    Answers come in another order than the questions, as they do from rows of different length.
+    """
 
     def __init__(self, tokenizer, kill_at=None):
         self.tokenizer, self.kill_at = tokenizer, kill_at
-        self.batches, self.waves, self.keys = [], [], []
+        self.asked, self.groups = [], []
 
-    def __call__(self, prompts, keys):
-        if self.kill_at == len(self.batches):
-            raise Killed
-        self.batches.append(prompts)
-        rows, slots = prompts.tokens.shape
-        tokens = np.full((rows, slots + 96), self.tokenizer.pad_id, np.int32)
-        sampled = np.zeros(tokens.shape, bool)
-        length = np.zeros(rows, np.int32)
-        for row in range(rows):
-            drawn = int(jax.random.randint(keys[row], (), 0, 2))
-            said = self.tokenizer.encode("<think>at <seg>0.5, 1.5</seg>")
-            audio = [
-                self.tokenizer.audio_bos_id,
-                self.tokenizer.audio_id,
-                self.tokenizer.audio_eos_id,
-            ]
-            rest = self.tokenizer.encode(
-                f" so.</think><answer>{['a bell', 'a dog'][drawn]}</answer>"
-            )
-            response = [*said, *audio, *rest, self.tokenizer.im_end_id]
-            begin = prompts.length[row]
-            length[row] = begin + len(response)
-            tokens[row, :begin] = prompts.tokens[row, :begin]
-            tokens[row, begin : length[row]] = response
-            sampled[row, begin : length[row]] = True
-            sampled[row, begin + len(said) : begin + len(said) + 3] = False
+    def __call__(self, requests, group):
+        self.groups.append(group)
+        requests = list(enumerate(requests))
+        for index, request in requests[1::2] + requests[::2]:
+            if self.kill_at == len(self.asked):
+                raise Killed
+            self.asked.append(request.prompts)
+            yield Answer(index, 0, self._rollout(request))
+
+    def _rollout(self, request):
+        prompts = request.prompts
+        drawn = int(jax.random.randint(request.key, (), 0, 2))
+        said = self.tokenizer.encode("<think>at <seg>0.5, 1.5</seg>")
+        audio = [
+            self.tokenizer.audio_bos_id,
+            self.tokenizer.audio_id,
+            self.tokenizer.audio_eos_id,
+        ]
+        rest = self.tokenizer.encode(f" so.</think><answer>{['a bell', 'a dog'][drawn]}</answer>")
+        response = [*said, *audio, *rest, self.tokenizer.im_end_id]
+        tokens = np.append(prompts.tokens, np.array([response], np.int32), axis=1)
+        begin = int(prompts.length[0])
+        sampled = np.arange(tokens.shape[1])[None] >= begin
+        sampled[0, begin + len(said) : begin + len(said) + 3] = False
         zeros = np.zeros(tokens.shape, np.float32)
         return Rollout(
             tokens=tokens,
             prompt_length=prompts.length,
-            length=length,
+            length=np.array([tokens.shape[1]]),
             logprob=zeros,
+            model_logprob=zeros,
             sampled=sampled,
             stop_rest=zeros - 1,
-            segment_samples=np.tile(np.array([[[8_000, 24_000]]], np.int32), (rows, 7, 1)),
-            segment_token_start=np.zeros((rows, 7), np.int32),
-            num_segments=np.ones(rows, np.int32),
-            finish_reason=np.full(rows, FinishReason.END, np.int32),
-            num_turns=np.full(rows, 2, np.int32),
+            stop_reason=zeros - 1,
+            segment_samples=np.tile(np.array([[[8_000, 24_000]]], np.int32), (1, 7, 1)),
+            segment_token_start=np.zeros((1, 7), np.int32),
+            num_segments=np.ones(1, np.int32),
+            finish_reason=np.full(1, FinishReason.END, np.int32),
+            num_turns=np.full(1, 2, np.int32),
             num_decode_steps=np.int32(1),
             num_insert_steps=np.int32(1),
         )
@@ -96,20 +99,29 @@ def test_answers_are_read_and_scored(quiet, tokenizer, settings, tmp_path):
     assert [json.loads(line)["id"] for line in lines] == [f"q{i}" for i in range(11)]
 
 
-def test_batches_have_one_shape_and_their_own_recordings(quiet, tokenizer, settings, tmp_path):
+def test_every_question_has_its_own_recording(quiet, tokenizer, settings, tmp_path):
     fake = FakeSampler(tokenizer)
     one = quiet()
-    one.ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
-    assert [batch.tokens.shape[0] for batch in fake.batches] == [4, 4, 4]
-    assert len({(b.tokens.shape, b.waveforms.shape) for b in fake.batches}) == 1
-    batch = fake.batches[1]
-    wave = one.store.read("audio/5.wav")
-    np.testing.assert_array_equal(batch.waveforms[1, : len(wave)], wave)
-    assert batch.num_samples[1] == len(wave)
-    assert not batch.waveforms[1, len(wave) :].any()
-    span = batch.tokens[1, batch.audio_start[1] :]
-    assert span[0] == tokenizer.audio_id
-    assert batch.tokens[1, batch.audio_start[1] - 1] == tokenizer.audio_bos_id
+    outcome = one.ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
+    assert len(fake.asked) == len(outcome.samples) == 11
+    (group,) = fake.groups
+    for prompts in fake.asked:
+        span = prompts.tokens[0, prompts.audio_start[0] :]
+        assert span[0] == tokenizer.audio_id
+        assert prompts.tokens[0, prompts.audio_start[0] - 1] == tokenizer.audio_bos_id
+        prompts.check_shapes()
+        assert prompts.tokens.shape[1] <= group.prompt_tokens[-1]
+        assert prompts.waveforms.shape[1] <= group.samples
+    waves = [one.store.read(f"audio/{i}.wav") for i in range(11)]
+    for wave in waves:
+        assert (
+            sum(
+                prompts.num_samples[0] == len(wave)
+                and np.array_equal(prompts.waveforms[0, : len(wave)], wave)
+                for prompts in fake.asked
+            )
+            >= 1
+        )
 
 
 def test_an_answer_does_not_depend_on_batch_size_or_neighbours(
@@ -134,24 +146,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     quiet().ask(FakeSampler(tokenizer), tokenizer, settings(), whole, FACTS)
     with pytest.raises(Killed):
-        quiet().ask(FakeSampler(tokenizer, kill_at=2), tokenizer, settings(), cut, FACTS)
+        quiet().ask(FakeSampler(tokenizer, kill_at=8), tokenizer, settings(), cut, FACTS)
     log = cut / "responses.jsonl"
     if torn:
         log.write_bytes(log.read_bytes()[:-torn])
     again = FakeSampler(tokenizer)
     quiet().ask(again, tokenizer, settings(), cut, FACTS)
     # 8 of 11 were answered; a torn line costs its own question and no other.
-    rows = [row for batch in again.batches for row in _distinct_rows(batch)]
-    assert len(rows) == (4 if torn else 3)
+    assert len(again.asked) == (4 if torn else 3)
     for name in ("results.json", "samples.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     done = FakeSampler(tokenizer)
     quiet().ask(done, tokenizer, settings(), cut, FACTS)
-    assert done.batches == []
-
-
-def _distinct_rows(batch):
-    return {row.tobytes() for row in np.asarray(batch.waveforms)}
+    assert done.asked == []
 
 
 def test_more_questions_can_be_asked_into_the_same_folder(data, tokenizer, settings, tmp_path):
@@ -161,7 +168,7 @@ def test_more_questions_can_be_asked_into_the_same_folder(data, tokenizer, setti
         one = Runner(everything.limited(limit), report=lambda line: None)
         outcome = one.ask(fake, tokenizer, settings(), tmp_path / "out", FACTS)
         assert outcome.results["num_answered"] == answered
-    assert sum(len(_distinct_rows(batch)) for batch in fake.batches) == 11
+    assert len(fake.asked) == 11
 
 
 def test_another_setting_is_another_run(quiet, tokenizer, settings, tmp_path):
@@ -195,7 +202,7 @@ def test_broken_recordings_are_named_and_count_as_wrong(data, tokenizer, setting
     }
     assert found["accuracy"] == pytest.approx(found["num_correct"] / 11)
     assert sum("not asked: q" in line for line in said) == 5
-    with pytest.raises(ValueError, match=r"\d of 11 questions cannot be asked.*2.wav"):
+    with pytest.raises(ValueError, match=r"1 of 11 questions cannot be asked.*\d.wav"):
         one.ask(
             FakeSampler(tokenizer), tokenizer, settings(max_bad_fraction=0.0), tmp_path / "b", FACTS
         )
@@ -213,7 +220,7 @@ def test_rows_that_give_no_question_count_as_wrong(data, tokenizer, settings, tm
     fake = FakeSampler(tokenizer)
     with pytest.raises(ValueError, match=r"2 of 4 questions cannot be asked.*r77"):
         one.ask(fake, tokenizer, settings(max_bad_fraction=0.4), tmp_path / "b", FACTS)
-    assert not fake.batches
+    assert not fake.asked
 
 
 def test_controls_change_what_is_heard_and_nothing_else(quiet, tokenizer, settings, tmp_path):
@@ -221,23 +228,27 @@ def test_controls_change_what_is_heard_and_nothing_else(quiet, tokenizer, settin
     for name in controls.CONTROLS:
         fake = FakeSampler(tokenizer)
         quiet().ask(fake, tokenizer, settings(control=name), tmp_path / name, FACTS)
-        seen[name] = fake.batches[0]
-    plain = seen["none"]
-    for name, batch in seen.items():
-        for field in ("tokens", "length", "num_samples", "audio_start"):
-            np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
-        # The same structure and shapes, so that a control runs the same compiled program.
-        assert jax.tree.structure(batch) == jax.tree.structure(plain)
-        if name != "no_audio":
-            np.testing.assert_array_equal(batch.waveforms, plain.waveforms)
-    np.testing.assert_array_equal(plain.insert_waveforms, plain.waveforms)
-    assert not plain.insert_shift_samples.any()
-    assert not seen["silence"].insert_waveforms.any()
-    assert not seen["no_audio"].waveforms.any()
-    assert not seen["no_audio"].insert_waveforms.any()
-    shift = seen["other_span"].insert_shift_samples / plain.num_samples
-    assert ((shift >= 0.24) & (shift < 0.76)).all()
-    assert len(set(shift)) == 4
+        seen[name] = fake.asked
+    for name, asked in seen.items():
+        for prompts, plain in zip(asked, seen["none"], strict=True):
+            for field in ("tokens", "length", "num_samples", "audio_start"):
+                np.testing.assert_array_equal(getattr(prompts, field), getattr(plain, field))
+            # The same structure and shapes, so that a control runs the same compiled program.
+            assert jax.tree.structure(prompts) == jax.tree.structure(plain)
+            if name != "no_audio":
+                np.testing.assert_array_equal(prompts.waveforms, plain.waveforms)
+    for plain in seen["none"]:
+        np.testing.assert_array_equal(plain.insert_waveforms, plain.waveforms)
+        assert not plain.insert_shift_samples.any()
+    assert not any(prompts.insert_waveforms.any() for prompts in seen["silence"])
+    assert not any(prompts.waveforms.any() for prompts in seen["no_audio"])
+    assert not any(prompts.insert_waveforms.any() for prompts in seen["no_audio"])
+    shifts = [
+        float(prompts.insert_shift_samples[0] / prompts.num_samples[0])
+        for prompts in seen["other_span"]
+    ]
+    assert all(0.24 <= shift < 0.76 for shift in shifts)
+    assert len(set(shifts)) == 11
     assert settings(control="no_insertion").sampling.insert_audio is False
     assert settings().sampling.insert_audio is True
     assert settings(format="grounded").sampling.insert_audio is False
@@ -250,7 +261,8 @@ def test_controls_change_what_is_heard_and_nothing_else(quiet, tokenizer, settin
         ({"control": "noise"}, "unknown control 'noise'"),
         ({"format": "grounded", "control": "silence"}, "needs the format interleaved"),
         ({"prompts": {"interleaved": "large"}}, "unknown prompt preset 'large'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
+        ({"refill": 5}, r"refill=5 must be a whole number in \[0, 4\]"),
         ({"clip_seconds": (5.0, 2.0)}, "clip_seconds must be ascending"),
     ],
 )
@@ -268,8 +280,12 @@ def test_a_recording_that_fits_nowhere_is_named(quiet, tokenizer, settings, tmp_
 
 def test_recordings_of_similar_length_are_asked_together(data, tokenizer, settings):
     records = questions.load(data, "test").records
-    batches = list(runner.plan(records, tokenizer, settings(clip_seconds=(2.1, 2.6))))
-    assert [len(batch.records) for batch in batches] == [4, 4, 3]
-    for batch in batches:
-        longest = max(record.duration_s for record in batch.records)
-        assert batch.samples == (33_600 if longest <= 2.1 else 41_600)
+    groups = list(runner.plan(records, tokenizer, settings(clip_seconds=(2.1, 2.6))))
+    assert sum(len(group.records) for group in groups) == len(records)
+    assert [group.samples for group in groups] == [33_600, 41_600]
+    for group, most, least in zip(groups, (2.1, 2.6), (0.0, 2.1), strict=True):
+        assert all(least < record.duration_s <= most for record in group.records)
+        lengths = [len(chat.tokens) for chat in group.chats]
+        assert lengths == sorted(lengths)
+        assert group.prompt_tokens[-1] - 16 < lengths[-1] <= group.prompt_tokens[-1]
+        assert list(group.prompt_tokens) == sorted(set(group.prompt_tokens))
