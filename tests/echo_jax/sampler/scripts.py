@@ -202,13 +202,20 @@ def teach(
     for row, script in enumerate(expected):
         length = int(prompts.length[row])
         waveform = np.asarray(prompts.waveforms[row])[: int(prompts.num_samples[row])]
+        others = prompts.other_clips
+        heard = others is not None and int(others.num_samples[row]) > 0
+        example = [others.waveforms[row, : int(others.num_samples[row])]] if heard else []
         states.append(
             hidden_states(
                 config,
                 params,
                 [*prompts.tokens[row, :length], *script.tokens],
-                [waveform, *(waveform[begin:end] for begin, end in script.segments)],
-                [int(prompts.audio_start[row]), *(length + start for start in script.starts)],
+                [waveform, *(waveform[begin:end] for begin, end in script.segments), *example],
+                [
+                    int(prompts.audio_start[row]),
+                    *(length + start for start in script.starts),
+                    *([int(others.start[row])] if heard else []),
+                ],
             )[length - 1 : -1]
         )
         drawn.append(np.array(script.drawn, np.int32))
