@@ -60,9 +60,6 @@ class Loop:
         """Runs until no row is active, for limits[0] steps, or until limits[1] rows have finished."""
         last_step = state.num_decode_steps + state.num_insert_steps
         last_step = jnp.where(limits[0] < NO_LIMIT - last_step, last_step + limits[0], NO_LIMIT)
-        capacity = state.tokens.shape[1]
-        step = max(_LEAST_CACHE_STEP, -(-capacity // 8))
-
         def goes_on(state: SamplerState, now: "_Situation") -> jax.Array:
             steps = state.num_decode_steps + state.num_insert_steps
             return now.active & (steps < last_step) & (now.finished < limits[1])
@@ -94,7 +91,7 @@ class Loop:
             return jax.lax.while_loop(due, insert, carry)
 
         def round_(carry: tuple[SamplerState, _Situation]) -> tuple[SamplerState, _Situation]:
-            for visible in [*range(step, capacity, step), capacity]:
+            for visible in cache_steps(state.tokens.shape[1]):
                 carry = decode_while_short(visible, carry)
             return insert_while_due(carry) if self.options.insert_audio else carry
 
@@ -300,6 +297,12 @@ class _Situation(NamedTuple):
     insert: jax.Array
     longest: jax.Array
     finished: jax.Array
+
+
+def cache_steps(capacity: int) -> list[int]:
+    """How many slots of a cache of so many a decode step may read, ascending: each has a loop of its own."""
+    step = max(_LEAST_CACHE_STEP, -(-capacity // 8))
+    return [*range(step, capacity, step), capacity]
 
 
 def cut_segments(
