@@ -16,6 +16,7 @@ from echo_jax.arrays import Params
 from echo_jax.model import frontend
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import FinishReason, Prompts, Rollout, SamplingOptions
+from echo_jax.text import segments
 from echo_jax.text.tokenizer import Tokenizer
 from tests.echo_jax.sampler import scripts
 
@@ -135,6 +136,7 @@ def _check_row(
 
     text, turns, t = b"", 1, first
     sampled_at: list[int] = []
+    closed_at: dict[int, segments.Reason] = {}
     found: list[tuple[tuple[int, int], int]] = []
     reason = None
     while reason is None:
@@ -147,6 +149,8 @@ def _check_row(
         assert rollout.stop_rest[row, t] == (len(CLOSE) - len(rest) - 1 if token in stops else -1)
         expected = log_probs(logits[t - 1], allowed, options)
         np.testing.assert_allclose(rollout.logprob[row, t], logsumexp(expected[event]), atol=1e-4)
+        of_model = logsumexp(_normalized(np.where(allowed, logits[t - 1], -np.inf))[event])
+        np.testing.assert_allclose(rollout.model_logprob[row, t], of_model, atol=1e-4)
         if options.temperature == 0:
             best = np.where(allowed, logits[t - 1], -np.inf)
             assert best[event].max() >= best.max() - 1e-3, f"row {row}, token {t} is not the best"
@@ -158,14 +162,18 @@ def _check_row(
             reason = FinishReason.END
         elif options.insert_audio and CLOSE in text[max(len(before) - len(CLOSE) + 1, 0) :]:
             assert text.endswith(CLOSE)
+            closed_at[t - 1] = segments.parse_bytes(text, num_samples)[-1].reason
             if turns == options.max_turns:
                 reason = FinishReason.TURN_LIMIT
+                if cited_span(text, num_samples) is not None:
+                    closed_at[t - 1] = segments.Reason.NO_TURNS_LEFT
                 break
             turns += 1
             span = cited_span(text, num_samples)
             if span is not None:
                 num_audio = frontend.num_audio_tokens(span[1] - span[0])
                 if used + num_audio + 2 >= options.max_response_tokens:
+                    closed_at[t - 1] = segments.Reason.NO_ROOM
                     reason = FinishReason.TOKEN_BUDGET
                     break
                 inserted = [
@@ -186,4 +194,10 @@ def _check_row(
     np.testing.assert_array_equal(np.flatnonzero(rollout.sampled[row]), sampled_at)
     elsewhere = ~rollout.sampled[row]
     assert (rollout.logprob[row, elsewhere] == 0).all()
+    assert (rollout.model_logprob[row, elsewhere] == 0).all()
     assert (rollout.stop_rest[row, elsewhere] == -1).all()
+    want = np.full(len(rollout.tokens[row]), -1)
+    want[list(closed_at)] = list(closed_at.values())
+    np.testing.assert_array_equal(rollout.stop_reason[row], want)
+    valid = sum(reason == segments.Reason.VALID for reason in closed_at.values())
+    assert valid == count

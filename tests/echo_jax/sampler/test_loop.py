@@ -12,7 +12,9 @@ from tests.echo_jax.sampler import scripts
 from tests.echo_jax.sampler.conftest import OPTIONS, make_prompts
 
 SAMPLED = dataclasses.replace(OPTIONS, temperature=1.0)
-FEWER_BRANCHES = dataclasses.replace(OPTIONS, segment_seconds=(), insertion_slots=3)
+FEWER_BRANCHES = dataclasses.replace(
+    OPTIONS, segment_seconds=(), insertion_slots=3, insertion_patience=2
+)
 KEYS = jax.random.split(jax.random.key(7), 6)
 
 
