@@ -406,7 +406,8 @@ def extend(
     visible = slots if visible_slots is None else visible_slots
     offsets = jnp.arange(chunk)
     row_b = rows if rows is not None else jnp.arange(batch)
-    positions = cache.length[row_b][:, None] + offsets
+    start_b = cache.length[row_b]
+    positions = start_b[:, None] + offsets
     # Out-of-range writes are dropped: that is how padding leaves the cache alone.
     write_slots = jnp.where(offsets < num_new_b[:, None], positions, slots)
     cos, sin = rotary(positions, config.head_dim, config.rope_theta)
@@ -422,15 +423,18 @@ def extend(
             new = _copy_heads(new, buffer).astype(buffer.dtype)
             return buffer.at[index, row_b[:, None], write_slots].set(new, mode="drop")
 
-        def read(buffer: jax.Array) -> jax.Array:
-            return buffer[index, :, :visible] if rows is None else buffer[index, row_b, :visible]
-
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal keys, values
+            if rows is not None:
+                chunks = (q, k, v, row_b, start_b, num_new_b, mask)
+                (keys, values), attended = jax.lax.scan(
+                    functools.partial(_extend_row, index), (keys, values), chunks
+                )
+                return attended
             # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
             # the scan would copy the cache.
             keys, values = write(keys, k), write(values, v)
-            return attention(q, read(keys), read(values), mask)
+            return attention(q, keys[index, :, :visible], values[index, :, :visible], mask)
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None
@@ -440,3 +444,45 @@ def extend(
     )
     hidden = rms_norm(params["final_norm"]["scale"], x, config.rms_norm_eps)
     return hidden, KVCache(keys, values, cache.length.at[row_b].add(num_new_b))
+
+
+def _extend_row(
+    index: jax.Array, buffers: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Writes one row's chunk into a layer of the cache and attends from it to the row so far.
+
+    One row at a time, and slices instead of indices: a gather of whole rows and a scatter of chunks make the TPU
+    compiler copy the cache, several times a layer.
+
+    Args:
+      index: the layer.
+      buffers: keys and values of the cache.
+      chunk: q [T, H, head_dim], k and v [T, kv_heads, head_dim], the row, its length so far, how many of the T are
+        real, and bool[T, visible], what they may attend to.
+
+    Returns:
+      The buffers and [T, H, head_dim].
+    """
+    q, k, v, row, start, num_new, mask = chunk
+    slots = buffers[0].shape[2]
+    width = min(len(k), slots)
+    # The window of slots that the chunk falls into; it ends with the row, where padding reaches beyond it.
+    first = jnp.minimum(start, slots - width)
+    offsets = jnp.arange(width) - (start - first)
+    is_new = (offsets >= 0) & (offsets < num_new)
+
+    def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        new = _copy_heads(new, buffer).astype(buffer.dtype)
+        padded = jnp.pad(new[:width], ((width, 0), (0, 0), (0, 0)))
+        moved = jax.lax.dynamic_slice_in_dim(padded, width - (start - first), width)
+        place = (index, row, first, 0, 0)
+        old = jax.lax.dynamic_slice(buffer, place, (1, 1, *moved.shape))
+        window = jnp.where(is_new[:, None, None], moved, old)
+        return jax.lax.dynamic_update_slice(buffer, window, place)
+
+    def read(buffer: jax.Array) -> jax.Array:
+        shape = (1, 1, mask.shape[1], *buffer.shape[3:])
+        return jax.lax.dynamic_slice(buffer, (index, row, 0, 0, 0), shape)[0]
+
+    keys, values = write(buffers[0], k), write(buffers[1], v)
+    return (keys, values), attention(q[None], read(keys), read(values), mask[None])[0]

@@ -45,3 +45,36 @@ def test_continuations_of_one_prefix_equal_whole_rows(remat):
     expected = jax.grad(lambda p: (whole(p, rows) * target).sum())(params)
     got = jax.grad(lambda p: (shared(p, x_qpe, x_bte) * target).sum())(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("chunk", [6, 14])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_chunks_of_named_rows_land_where_they_belong(chunk, copies):
+    """Rows grow up to their last slot, padding reaches beyond it, and a row is named twice."""
+    params = arrays.init_params(language_model.param_specs(CONFIG), jax.random.key(0))
+    slots, lengths = 12, np.array([0, 7, 3, 10, 5])
+    named, num_new = np.array([3, 1, 1, 4]), np.array([2, 0, 5, 4])
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, slots, 24)).astype(np.float32)
+    x_new = rng.normal(size=(4, chunk, 24)).astype(np.float32)
+    specs = language_model.KVCache.specs(CONFIG, 5, slots, copies=copies)
+    empty = jax.tree.map(
+        lambda spec: jnp.zeros(spec.shape, spec.dtype), specs, is_leaf=arrays.is_spec
+    )
+    # The prompts are as long as the cache: slots beyond a row's length hold what no query may see.
+    before = language_model.prefill(CONFIG, params, empty, x, lengths, np.arange(5)[:, None])[1]
+    hidden, after = language_model.extend(CONFIG, params, before, x_new, num_new, rows=named)
+
+    grown = dict(zip(named[num_new > 0], np.flatnonzero(num_new), strict=True))
+    np.testing.assert_array_equal(after.length, lengths + np.array([0, 5, 0, 2, 4]))
+    for row, length in enumerate(lengths):
+        end = length + (num_new[grown[row]] if row in grown else 0)
+        # Nothing but the new slots is touched, to the bit.
+        untouched = np.r_[:length, end:slots]
+        for old, new in ((before.k, after.k), (before.v, after.v)):
+            np.testing.assert_array_equal(old[:, row, untouched], new[:, row, untouched])
+        if row in grown:
+            entry = grown[row]
+            whole = np.concatenate([x[row, :length], x_new[entry, : num_new[entry]]])[None]
+            expected = language_model.forward(CONFIG, params, whole)[0, length:]
+            np.testing.assert_allclose(hidden[entry, : num_new[entry]], expected, atol=1e-5)
