@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.sampler import best_of, finished
+from benchmarks.timing import best_of, finished
 from echo_jax import arrays
 from echo_jax.arrays import Params
 from echo_jax.model import language_model

@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+import transformers
 
 from configs import eval as eval_config
 from data import pipeline
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--variant", default="tiny", help="of configs/eval.py")
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=list(AGAINST))
     flags = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # it misses the weights of the image tower, which nobody uses
     found = compare(
         flags.checkpoint,
         flags.data,

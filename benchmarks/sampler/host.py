@@ -1,23 +1,19 @@
-"""How much faster the jitted batched sampler is than the algorithm written plainly on the host, one row at a time.
-
-  python -m benchmarks.sampler [--batch 1 8 32] [--seconds 10] [--repeats 2]
+"""Section `host`: the jitted loop against the algorithm written plainly on the host, one row at a time.
 
 Both answer the same greedy prompts of a scripted model of the tiny size (see `tests/models.py`): four cited segments
-an answer, three of them inserted. Compilation is not timed; the best of the repeats counts. The host loop keeps no
-cache and recomputes the whole sequence for each token, as Algorithm 1 reads when nothing is made fast.
+an answer, three of them inserted. The host loop keeps no cache and recomputes the whole sequence for each token, as
+Algorithm 1 reads when nothing is made fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import jax
 import numpy as np
 
+from benchmarks.timing import best_of, finished
 from echo_jax.sampler import Prompts, Sampler, SamplingOptions, reference
 from echo_jax.text import prompts as prompts_lib
 from echo_jax.text.tokenizer import Tokenizer
@@ -27,34 +23,9 @@ QUESTION, CHOICES = "Which sound comes first?", ["bell", "buzz"]
 TAG = ["\n", "<", "seg", ">", "0", ",", " ", "1", "</", "seg", ">"]
 BETWEEN = [" I", " hear", " the", " bell", " first", " and", " then", " a", " short", " buzz", "<"]
 
-T = TypeVar("T")
 
-
-def best_of(repeats: int, run: Callable[[], T]) -> tuple[T, float]:
-    """Runs once untimed, then `repeats` times; returns the last result and the shortest time in seconds."""
-    result, times = run(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        times.append(time.perf_counter() - start)
-    return result, min(times)
-
-
-def finished(run: Callable[[], T]) -> T:
-    """Waits for the device, so that the clock sees the work and not its dispatch."""
-    return jax.block_until_ready(run())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Prints one line a batch size: tokens a second, and the ratio to the host loop."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.sampler", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=int, default=10, help="length of the recording")
-    parser.add_argument("--repeats", type=int, default=2)
-    args = parser.parse_args(argv)
-
     corpus = [f"user\n{QUESTION} bell, buzz. Cite. assistant\n", *TAG, *BETWEEN]
     tokenizer = Tokenizer.from_qwen_wheel().compact(corpus)
     chains = [single_tokens(tokenizer, pieces) for pieces in (TAG, BETWEEN)]
@@ -83,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"host loop, batch 1: {host_s:.2f} s, {sampled / host_s:.0f} sampled tokens/s")
 
     sampler = Sampler(config, tokenizer, options)
-    for batch in args.batch:
+    for batch in sorted({1, 8, args.batch}):
         prompts = Prompts(
             tokens=np.tile(chat.tokens, (batch, 1)),
             length=np.full(batch, len(chat.tokens), np.int32),
@@ -101,7 +72,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"jitted loop, batch {batch}: {seconds:.2f} s, {rate:.0f} sampled tokens/s, {ratio:.1f} times the host loop"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,45 @@
+"""How fast the sampler is, as ratios of two things timed in one run, on the same weights and prompts.
+
+  python -m benchmarks.sampler [--sections host released] [--repeats 2]
+
+Sections, each a module of this folder:
+
+  host      the jitted loop against Algorithm 1 written plainly in JAX, at the tiny size
+  released  the jitted loop against the released method in torch, at about 60 million parameters
+
+Compilation is not timed; the best of the repeats counts. Ratios mean something on an idle machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from benchmarks.sampler import host, released
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "host": host.run,
+    "released": released.run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the chosen sections in order."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.sampler", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32, help="rows of the jitted loop")
+    parser.add_argument("--seconds", type=int, default=10, help="length of the recordings")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="requests that the released method answers"
+    )
+    args = parser.parse_args(argv)
+    for name in args.sections:
+        print(f"== {name}", flush=True)
+        SECTIONS[name](args)
+
+
+if __name__ == "__main__":
+    main()
