@@ -1,11 +1,14 @@
 """How fast the sampler is, as ratios of two things timed in one run, on the same weights and prompts.
 
-  python -m benchmarks.sampler [--sections host released] [--repeats 2]
+  python -m benchmarks.sampler [--sections host released overhead refill group] [--repeats 2]
 
 Sections, each a module of this folder:
 
   host      the jitted loop against Algorithm 1 written plainly in JAX, at the tiny size
   released  the jitted loop against the released method in torch, at about 60 million parameters
+  overhead  the jitted loop against the decode steps and the encoding of clips that it cannot avoid, by insertion policy
+  refill    rows that are refilled as they finish against static batches, with answers of very different lengths
+  group     one prefill for a group of answers against one for each
 
 Compilation is not timed; the best of the repeats counts. Ratios mean something on an idle machine only.
 """
@@ -15,11 +18,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from benchmarks.sampler import host, released
+from benchmarks.sampler import group, host, overhead, refill, released
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "host": host.run,
     "released": released.run,
+    "overhead": overhead.run,
+    "refill": refill.run,
+    "group": group.run,
 }
 
 
@@ -34,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=int, default=10, help="length of the recordings")
     parser.add_argument(
         "--requests", type=int, default=4, help="requests that the released method answers"
+    )
+    parser.add_argument(
+        "--policies", type=int, default=len(overhead.POLICIES), help="insertion policies to compare"
     )
     args = parser.parse_args(argv)
     for name in args.sections:

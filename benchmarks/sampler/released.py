@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 
 from benchmarks.sampler import workload
 from benchmarks.timing import best_of, finished
-from echo_jax import huggingface
-from echo_jax.model import audio_tower, frontend
+from echo_jax import arrays, huggingface
+from echo_jax.model import audio_tower, frontend, language_model
 from echo_jax.sampler import Prompts, Rollout, Sampler, SamplingOptions
 from tests.transformers_algorithm1 import TransformersAlgorithm1
 
@@ -178,10 +179,23 @@ def _profile(
     decodes, inserts = int(rollout.num_decode_steps), int(rollout.num_insert_steps)
     sampled, clips = int(rollout.sampled.sum()), int(rollout.num_segments.sum())
     most = int(rollout.sampled.sum(1).max())
+    batch = len(rollout.length)
+    square = jax.random.normal(jax.random.key(1), (2048, 2048))
+    flops = 2 * 2048**3 / clock(jax.jit(jnp.matmul), square, square)
+    table = params["language_model"]["embed"]["embedding"]
+    copied = 2 * table.nbytes / clock(jax.jit(jnp.negative), table)
+    hidden = jax.random.normal(key, (batch, config.text.hidden_size))
+    head_s = clock(jax.jit(language_model.unembed), params["language_model"], hidden)
+    weights = arrays.count_parameters(language_model.param_specs(config.text))
+    step_flops, step_bytes = 2 * batch * weights, 4 * weights
     print(
         f"  prefill: {prefill_s:.2f} s, of it features {features_s:.2f} s and audio tower {tower_s:.2f} s\n"
         f"  decode: {seconds[0]:.2f} s, {decodes} steps of {1e3 * seconds[0] / decodes:.1f} ms, "
         f"{sampled / decodes:.1f} rows each; the longest answer alone takes {most}\n"
+        f"    of a step, {1e3 * head_s:.1f} ms are the product with the vocabulary; the limits are "
+        f"{1e3 * step_flops / flops:.1f} ms for {step_flops / 1e9:.2f} GFLOP at the {flops / 1e9:.0f} GFLOP/s of a large "
+        f"matrix product, and {1e3 * step_bytes / copied:.1f} ms for {step_bytes / 1e6:.0f} MB of weights at the "
+        f"{copied / 1e9:.1f} GB/s of a copy\n"
         f"  insert: {seconds[1]:.2f} s, {inserts} steps of {1e3 * seconds[1] / max(inserts, 1):.0f} ms, "
         f"{clips / max(inserts, 1):.1f} clips each",
         flush=True,

@@ -113,7 +113,7 @@ def build(seconds: int = 10) -> Workload:
     rng = np.random.default_rng(0)
     prompts = _prompts(tokenizer, seconds * frontend.SAMPLE_RATE, rng)
     answers = [_answer(tokenizer, seconds, rng) for _ in range(NUM_QUESTIONS)]
-    params = _teach(config, _random_params(config), prompts, answers)
+    params = _teach(config, random_params(config), prompts, answers)
     return Workload(tokenizer, config, params, prompts, answers)
 
 
@@ -154,7 +154,8 @@ def _answer(tokenizer: Tokenizer, seconds: int, rng: np.random.Generator) -> scr
     return scripts.expand(tokenizer, [*parts, f"</think><answer>{first}</answer>", scripts.END])
 
 
-def _random_params(config: ThinkerConfig) -> Params:
+def random_params(config: ThinkerConfig) -> Params:
+    """The model before it is taught."""
     params = arrays.init_params(thinker.param_specs(config), jax.random.key(0))
     # With these biases a head looks at a few distances, so that what it sees changes from token to token.
     layers = params["language_model"]["layers"]
