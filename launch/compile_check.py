@@ -418,23 +418,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> bool:
     """Prints the table, a line as soon as its topology is compiled; returns whether all is well."""
     prepare()
-    tokenizer = Tokenizer.from_qwen_wheel()
-    options = SamplingOptions(max_response_tokens=args.positions - args.prompt_tokens)
     meshes = [make_mesh(topology, args.data, args.tensor) for topology in args.topology]
-    wrong: list[str] = []
-    print(HEADER, flush=True)
-    for topology, mesh in zip(args.topology, meshes, strict=True):
-        sampler = make_sampler(args.model, args.layers, options, mesh, tokenizer)
-        shards = sampler.num_shards
-        shapes = Shapes(
+    shapes = []
+    for mesh in meshes:
+        shards = mesh.shape["data"]
+        shape = Shapes(
             batch=args.batch,
             positions=args.positions,
             prompt_tokens=args.prompt_tokens,
             seconds=args.seconds,
             admitted=args.admitted or -(-args.batch // 8 // shards) * shards,
         )
+        for flag, value in (("batch", shape.batch), ("admitted", shape.admitted)):
+            if value % shards:
+                raise ValueError(
+                    f"--{flag} {value} cannot be divided over {shards} data shards; give a multiple"
+                )
+        shapes.append(shape)
+    tokenizer = Tokenizer.from_qwen_wheel()
+    options = SamplingOptions(max_response_tokens=args.positions - args.prompt_tokens)
+    samplers = [make_sampler(args.model, args.layers, options, mesh, tokenizer) for mesh in meshes]
+    wrong: list[str] = []
+    print(HEADER, flush=True)
+    for topology, sampler, shape in zip(args.topology, samplers, shapes, strict=True):
         try:
-            report = check(topology, sampler, shapes, args.hlo)
+            report = check(topology, sampler, shape, args.hlo)
         except DoesNotFitError as error:
             wrong.append(str(error))
             continue
