@@ -193,8 +193,8 @@ def _profile(
         f"  decode: {seconds[0]:.2f} s, {decodes} steps of {1e3 * seconds[0] / decodes:.1f} ms, "
         f"{sampled / decodes:.1f} rows each; the longest answer alone takes {most}\n"
         f"    of a step, {1e3 * head_s:.1f} ms are the product with the vocabulary; the limits are "
-        f"{1e3 * step_flops / flops:.1f} ms for {step_flops / 1e9:.2f} GFLOP at the {flops / 1e9:.0f} GFLOP/s of a large "
-        f"matrix product, and {1e3 * step_bytes / copied:.1f} ms for {step_bytes / 1e6:.0f} MB of weights at the "
+        f"{1e3 * step_flops / flops:.1f} ms for {step_flops / 1e9:.2f} GFLOP at the {flops / 1e9:.0f} GFLOP/s of a "
+        f"large matrix product, and {1e3 * step_bytes / copied:.1f} ms for {step_bytes / 1e6:.0f} MB of weights at the "
         f"{copied / 1e9:.1f} GB/s of a copy\n"
         f"  insert: {seconds[1]:.2f} s, {inserts} steps of {1e3 * seconds[1] / max(inserts, 1):.0f} ms, "
         f"{clips / max(inserts, 1):.1f} clips each",
