@@ -18,8 +18,9 @@ from echo_jax.arrays import ArraySpec, Params, is_spec
 from echo_jax.model.config import TextConfig
 
 _UNROLLED_LAYERS = 4
-# Queries that attend together while a prompt is prefilled: the scores of 300 s of audio would be gigabytes.
-_QUERY_BLOCK = 512
+# Queries that attend together: the scores of a prompt of 300 s would be gigabytes, and those of a 30 s clip in a row of
+# 4,096 slots, as a whole, do not stay in a TPU's VMEM.
+_QUERY_BLOCK = 256
 
 
 def param_specs(config: TextConfig) -> dict:
@@ -164,23 +165,32 @@ def attention(
     return out.reshape(b, t, h, k)
 
 
-def _causal_attention(q_bthk: jax.Array, k_btgk: jax.Array, v_btgk: jax.Array) -> jax.Array:
-    """`attention` of whole rows, a block of queries at a time where they are long."""
+def _attention_in_order(
+    q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, positions_bt: jax.Array
+) -> jax.Array:
+    """`attention` of queries that see the slots up to their position, a block of queries at a time where they are long.
+
+    positions_bt is i32[B or 1, T].
+    """
+    slots = jnp.arange(k_bsgk.shape[1])
     length = q_bthk.shape[1]
     if length <= _QUERY_BLOCK:
-        return attention(q_bthk, k_btgk, v_btgk, jnp.tril(jnp.ones((1, length, length), bool)))
+        return attention(q_bthk, k_bsgk, v_bsgk, slots <= positions_bt[..., None])
     blocks = -(-length // _QUERY_BLOCK)
-    padded = jnp.pad(q_bthk, ((0, 0), (0, blocks * _QUERY_BLOCK - length), (0, 0), (0, 0)))
+    missing = blocks * _QUERY_BLOCK - length
+    queries = jnp.pad(q_bthk, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    positions = jnp.pad(positions_bt, ((0, 0), (0, missing)))
 
     def attend(first: jax.Array) -> jax.Array:
-        queries = jax.lax.dynamic_slice_in_dim(padded, first, _QUERY_BLOCK, axis=1)
-        positions = first + jnp.arange(_QUERY_BLOCK)
-        mask = jnp.arange(length) <= positions[:, None]
-        return attention(queries, k_btgk, v_btgk, mask[None])
+        block_q, block_positions = (
+            jax.lax.dynamic_slice_in_dim(x, first, _QUERY_BLOCK, axis=1)
+            for x in (queries, positions)
+        )
+        return attention(block_q, k_bsgk, v_bsgk, slots <= block_positions[..., None])
 
     # [blocks, B, block, H, head_dim]
     attended = jax.lax.map(attend, jnp.arange(blocks) * _QUERY_BLOCK)
-    return jnp.moveaxis(attended, 0, 1).reshape(padded.shape)[:, :length]
+    return jnp.moveaxis(attended, 0, 1).reshape(queries.shape)[:, :length]
 
 
 def _decoder_layer(
@@ -358,7 +368,7 @@ def prefill(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal keys, values
             keys, values = write(keys, k), write(values, v)
-            return _causal_attention(q, k, v)
+            return _attention_in_order(q, k, v, positions)
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None
@@ -426,9 +436,9 @@ def extend(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal keys, values
             if rows is not None:
-                chunks = (q, k, v, row_b, start_b, num_new_b, mask)
+                chunks = (q, k, v, row_b, start_b, num_new_b)
                 (keys, values), attended = jax.lax.scan(
-                    functools.partial(_extend_row, index), (keys, values), chunks
+                    functools.partial(_extend_row, index, visible), (keys, values), chunks
                 )
                 return attended
             # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
@@ -447,7 +457,10 @@ def extend(
 
 
 def _extend_row(
-    index: jax.Array, buffers: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    index: jax.Array,
+    visible: int,
+    buffers: tuple[jax.Array, jax.Array],
+    chunk: tuple[jax.Array, ...],
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Writes one row's chunk into a layer of the cache and attends from it to the row so far.
 
@@ -456,14 +469,15 @@ def _extend_row(
 
     Args:
       index: the layer.
+      visible: the row's first slots, to which it attends.
       buffers: keys and values of the cache.
-      chunk: q [T, H, head_dim], k and v [T, kv_heads, head_dim], the row, its length so far, how many of the T are
-        real, and bool[T, visible], what they may attend to.
+      chunk: q [T, H, head_dim], k and v [T, kv_heads, head_dim], the row, its length so far, and how many of the T are
+        real.
 
     Returns:
       The buffers and [T, H, head_dim].
     """
-    q, k, v, row, start, num_new, mask = chunk
+    q, k, v, row, start, num_new = chunk
     slots = buffers[0].shape[2]
     width = min(len(k), slots)
     # The window of slots that the chunk falls into; it ends with the row, where padding reaches beyond it.
@@ -481,8 +495,11 @@ def _extend_row(
         return jax.lax.dynamic_update_slice(buffer, window, place)
 
     def read(buffer: jax.Array) -> jax.Array:
-        shape = (1, 1, mask.shape[1], *buffer.shape[3:])
+        shape = (1, 1, visible, *buffer.shape[3:])
         return jax.lax.dynamic_slice(buffer, (index, row, 0, 0, 0), shape)[0]
 
     keys, values = write(buffers[0], k), write(buffers[1], v)
-    return (keys, values), attention(q[None], read(keys), read(values), mask[None])[0]
+    positions = start + jnp.arange(len(q))
+    return (keys, values), _attention_in_order(q[None], read(keys), read(values), positions[None])[
+        0
+    ]

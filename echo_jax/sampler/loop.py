@@ -60,6 +60,7 @@ class Loop:
         """Runs until no row is active, for limits[0] steps, or until limits[1] rows have finished."""
         last_step = state.num_decode_steps + state.num_insert_steps
         last_step = jnp.where(limits[0] < NO_LIMIT - last_step, last_step + limits[0], NO_LIMIT)
+
         def goes_on(state: SamplerState, now: "_Situation") -> jax.Array:
             steps = state.num_decode_steps + state.num_insert_steps
             return now.active & (steps < last_step) & (now.finished < limits[1])
