@@ -18,7 +18,6 @@ together (a few numbers are reduced each step), so that all devices run the same
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -226,8 +225,20 @@ class Loop:
             longest = jax.lax.pmax(longest, self.data_axes)
         buffers = self.options.segment_buffers(state.waveforms.shape[1])
         bucket = jnp.searchsorted(jnp.asarray(buffers), longest)
-        branches = [functools.partial(self._insert_clips, params, buffer) for buffer in buffers]
-        return jax.lax.switch(bucket, branches, state, row, begin, num_samples)
+        for number, buffer in enumerate(buffers):
+            # A loop that runs once or not at all, and no `switch`: inside the loop over rounds the TPU compiler copies
+            # the cache in every layer of all but one branch of a conditional.
+            def due(carry: tuple[jax.Array, SamplerState], number: int = number) -> jax.Array:
+                return carry[0] == number
+
+            def insert(
+                carry: tuple[jax.Array, SamplerState], buffer: int = buffer
+            ) -> tuple[jax.Array, SamplerState]:
+                state = self._insert_clips(params, buffer, carry[1], row, begin, num_samples)
+                return jnp.full_like(carry[0], -1), state
+
+            bucket, state = jax.lax.while_loop(due, insert, (bucket, state))
+        return state
 
     def _insert_clips(
         self,
