@@ -191,7 +191,7 @@ class Runner:
         """Asks every question that has no answer in `output` yet, then scores all of them.
 
         Writes `responses.jsonl` as answers come, and at the end `samples.jsonl`, `results.json` and
-        `timing.json`. The first three are the same whether or not the run was interrupted.
+        `timing.json`. Samples and results are the same whether or not the run was interrupted.
 
         Raises:
             ValueError: a setting does not fit the data or the model, `output` holds another run, or
@@ -228,7 +228,7 @@ class Runner:
         """`run` with any sampler.
 
         Args:
-            answerer: gives the rollout of a batch, as numpy arrays.
+            answerer: answers requests, in any order.
             tokenizer: its vocabulary.
             settings: how to ask.
             output: folder of the run.

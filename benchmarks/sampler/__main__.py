@@ -10,7 +10,8 @@ Sections, each a module of this folder:
   refill    rows that are refilled as they finish against static batches, with answers of very different lengths
   group     one prefill for a group of answers against one for each
 
-Compilation is not timed; the best of the repeats counts. Ratios mean something on an idle machine only.
+Compilation is not timed; the best of the repeats counts (refill runs once). Ratios mean something on an idle machine
+only.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="rows of the jitted loop")
     parser.add_argument("--seconds", type=int, default=10, help="length of the recordings")
     parser.add_argument(
-        "--requests", type=int, default=4, help="requests that the released method answers"
+        "--requests", type=int, default=8, help="requests that the released method answers"
     )
     parser.add_argument(
         "--policies", type=int, default=len(overhead.POLICIES), help="insertion policies to compare"

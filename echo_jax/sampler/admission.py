@@ -61,7 +61,7 @@ def admit(
         return old.at[at].set(value, mode="drop")
 
     def limit(given: Any, most: int) -> jax.Array:
-        return jnp.full(count, most, jnp.int32) if given is None else jnp.clip(given, 1, most)
+        return jnp.full(count, most, jnp.int32) if given is None else jnp.asarray(given)
 
     shift = prompts.insert_shift_samples
     return state.replace(

@@ -224,7 +224,8 @@ class Loop:
         if self.data_axes:
             longest = jax.lax.pmax(longest, self.data_axes)
         buffers = self.options.segment_buffers(state.waveforms.shape[1])
-        bucket = jnp.searchsorted(jnp.asarray(buffers), longest)
+        # Without the bound, a clip longer than all buffers would be waited for without end; none is.
+        bucket = jnp.minimum(jnp.searchsorted(jnp.asarray(buffers), longest), len(buffers) - 1)
         for number, buffer in enumerate(buffers):
             # A loop that runs once or not at all, and no `switch`: inside the loop over rounds the TPU compiler copies
             # the cache in every layer of all but one branch of a conditional.

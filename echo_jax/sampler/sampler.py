@@ -120,7 +120,7 @@ class Sampler:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples {num_samples} must be at least 1")
-        prompts.check_shapes()
+        prompts.check()
         count, prompt_tokens = prompts.tokens.shape
         rows = count * num_samples
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -182,7 +182,7 @@ class Sampler:
         Raises:
           ValueError: the prompts do not fit the state, or cannot be divided over the mesh.
         """
-        prompts.check_shapes()
+        prompts.check()
         count, length = prompts.tokens.shape
         room = state.tokens.shape[1] - self.options.max_response_tokens
         if length > room or prompts.waveforms.shape[1] > state.waveforms.shape[1]:
@@ -190,6 +190,12 @@ class Sampler:
                 f"prompts of {length} tokens and {prompts.waveforms.shape[1]} samples do not fit a state made for "
                 f"{room} tokens and {state.waveforms.shape[1]} samples"
             )
+        for name in ("max_response_tokens", "max_turns"):
+            given, most = getattr(prompts, name), getattr(self.options, name)
+            if isinstance(given, np.ndarray) and ((given < 1) | (given > most)).any():
+                raise ValueError(
+                    f"prompts.{name} is {given.tolist()}; all must lie in [1, {most}], the options' own"
+                )
         if count % self.num_shards:
             raise ValueError(
                 f"{count} prompts cannot be divided over the mesh's {self.num_shards} data shards; give a multiple"
@@ -209,7 +215,7 @@ class Sampler:
           params: the model's arrays.
           state: of `start`, `admit` or an earlier call.
           max_steps: stop after so many steps of the loop (streaming of single tokens).
-          min_finished: stop as soon as so many rows have finished (refilling of rows).
+          min_finished: stop as soon as so many rows hold a finished answer, old ones included (refilling of rows).
         """
         limits = [NO_LIMIT if limit is None else limit for limit in (max_steps, min_finished)]
         return self._run(params, state, np.array(limits, np.int32))

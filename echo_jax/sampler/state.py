@@ -57,7 +57,7 @@ class SamplingOptions:
       top_p: sample among the smallest set of most probable tokens that holds this much probability; 1 means all.
       min_p: sample among the tokens at least so probable as this share of the most probable one; 0 means all.
       insertion_slots: how many rows get audio in one insertion (on a mesh: of each data shard). Rows wait until so many
-        are waiting or nothing else can move.
+        are waiting, one has waited long, or nothing else can move.
       insertion_patience: decode steps that a row waits at most while others go on; a low number suits a batch whose
         rows cite seldom. It changes no answer, only how fast they come.
       segment_seconds: lengths of the segment buffers in ascending order. An insertion uses the shortest one that holds
@@ -117,9 +117,10 @@ class Prompts(struct.PyTreeNode):
         put silence here; the model still hears the true recording in its prompt.
       insert_shift_samples: i32[Q] or None: segments are cut so much later than cited, wrapping round inside the span of
         start positions that keep the clip whole (a control: another span of the same length).
-      other_clips: None, or clips that prompts hold beside their recording (an example, a sound to compare with); `row`
-        is the prompt. They are heard, and never cut: a citation means the recording.
-      max_response_tokens: i32[Q] or None: budgets of single prompts, at most that of the options.
+      other_clips: None, or clips that prompts hold beside their recording, such as an example to compare with. As many
+        slots for each prompt, those of a prompt together and in the prompts' order, so `row` is 0, 0, 1, 1, … for two;
+        num_samples is 0 where a prompt has fewer. They are heard, and never cut: a citation means the recording.
+      max_response_tokens: i32[Q] or None: budgets of single prompts, from 1 to that of the options.
       max_turns: i32[Q] or None, likewise.
     """
 
@@ -134,8 +135,8 @@ class Prompts(struct.PyTreeNode):
     max_response_tokens: jax.Array | np.ndarray | None = None
     max_turns: jax.Array | np.ndarray | None = None
 
-    def check_shapes(self) -> None:
-        """Checks that the arrays fit each other.
+    def check(self) -> None:
+        """Checks that the arrays fit each other; numbers only where they are on the host.
 
         Raises:
           ValueError: one does not; the message names it.
@@ -165,6 +166,35 @@ class Prompts(struct.PyTreeNode):
             if value is not None and np.shape(value) != shape:
                 raise ValueError(
                     f"prompts.{name} has shape {np.shape(value)}, but {shape} is needed"
+                )
+        self._check_numbers(self.tokens.shape[1], samples)
+        if self.other_clips is not None:
+            rows = self.other_clips.row
+            per_prompt = len(rows) // count
+            if len(rows) != per_prompt * count or not per_prompt:
+                raise ValueError(
+                    f"prompts.other_clips has {len(rows)} slots for {count} prompts; give as many for each"
+                )
+            in_order = np.repeat(np.arange(count), per_prompt)
+            if isinstance(rows, np.ndarray) and not np.array_equal(rows, in_order):
+                raise ValueError(
+                    f"prompts.other_clips.row is {rows.tolist()}, but {in_order.tolist()} is needed"
+                )
+
+    def _check_numbers(self, prompt_tokens: int, samples: int) -> None:
+        length, num_samples, start = self.length, self.num_samples, self.audio_start
+        for name, value, most in (
+            ("length", length, prompt_tokens),
+            ("num_samples", num_samples, samples),
+        ):
+            if isinstance(value, np.ndarray) and ((value < 1) | (value > most)).any():
+                raise ValueError(f"prompts.{name} is {value.tolist()}; all must lie in [1, {most}]")
+        if all(isinstance(value, np.ndarray) for value in (length, num_samples, start)):
+            ends = start + frontend.num_audio_tokens(np.asarray(num_samples))
+            if ((start < 0) | (ends > length)).any():
+                raise ValueError(
+                    f"prompts.audio_start is {np.asarray(start).tolist()}, but the audio then ends at "
+                    f"{np.asarray(ends).tolist()} in prompts of {np.asarray(length).tolist()} tokens"
                 )
 
 
@@ -269,7 +299,9 @@ class SamplerState(struct.PyTreeNode):
 
 
 class Rollout(struct.PyTreeNode):
-    """Finished answers; all a trainer needs to replay the same sequences.
+    """Finished answers; with the prompts, all a trainer needs to replay the same sequences.
+
+    The position of a token is its index in the row.
 
     Attributes:
       tokens: i32[B, L], prompt and response, right padded.
@@ -287,7 +319,7 @@ class Rollout(struct.PyTreeNode):
       segment_token_start: i32[B, M], index of the first <|AUDIO|> of each inserted clip.
       num_segments: i32[B], inserted clips.
       finish_reason: i32[B], a `FinishReason`.
-      num_turns: i32[B], generate calls.
+      num_turns: i32[B], generate calls begun; one that a `</seg>` at the end of the budget would begin counts.
       num_decode_steps: i32[], decode steps of the loop.
       num_insert_steps: i32[], insertions of the loop.
     """

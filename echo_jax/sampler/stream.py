@@ -63,8 +63,9 @@ def stream(
     Args:
       sampler: the model and how to sample.
       params: the model's arrays.
-      requests: the questions, taken as they are needed; all with the same optional fields.
-      rows: B, answers in the making at a time.
+      requests: the questions, taken as they are needed; all with the same optional fields, and as many other clips of
+        the same length. What it raises is raised once the questions before are answered.
+      rows: B, answers in the making at a time; a multiple of `num_samples`, or some stay idle.
       prompt_tokens: lengths to which prompts are padded, ascending. Questions that are admitted together take the
         shortest that holds them all.
       samples: room for a recording, a multiple of 160.
@@ -88,6 +89,7 @@ def stream(
     seats = _Seats(rows, shards, num_samples)
     queue = _Queue(requests, prompt_tokens, samples)
     state = None
+    answers: list[Answer] = []
     while True:
         while queue.fill(width):
             slots = seats.free_slots(width)
@@ -108,10 +110,16 @@ def stream(
             if state is None:
                 state = sampler.empty(params, rows, max(prompt_tokens), samples, keys[0, 0])
             state = sampler.admit(params, state, prompts, keys, at)
+        if state is not None and seats.answers:
+            state = sampler.run(params, state, min_finished=width * num_samples)
+        # While the device works: what was ready before, and what comes next.
+        yield from answers
         if state is None or not seats.answers:
+            if queue.error is not None:
+                raise queue.error
             return
-        state = sampler.run(params, state, min_finished=width * num_samples)
-        queue.fill(width)  # before the host waits for the device
+        answers = []
+        queue.fill(width)
         finished = np.flatnonzero(np.asarray(state.finish_reason) >= FinishReason.END)
         count = width * num_samples
         for begin in range(0, len(finished), count):
@@ -119,7 +127,7 @@ def stream(
             state, taken = _take(state, np.append(part, np.full(count - len(part), rows)))
             taken = jax.device_get(taken)
             for place, row in enumerate(part.tolist()):
-                yield Answer(*seats.leave(row), _one_row(taken, place))
+                answers.append(Answer(*seats.leave(row), _one_row(taken, place)))
 
 
 def stack(parts: Sequence[Prompts], prompt_tokens: int, samples: int) -> Prompts:
@@ -141,13 +149,13 @@ def stack(parts: Sequence[Prompts], prompt_tokens: int, samples: int) -> Prompts
         widest = max(np.shape(x)[1] for x in arrays)
         return np.concatenate([_widened(x, widest) for x in arrays])
 
-    structures = {jax.tree.structure(part) for part in parts}
-    if len(structures) > 1:
-        raise ValueError(
-            "prompts that are sampled together need the same optional fields; some have "
-            "insert_waveforms, insert_shift_samples, other_clips or a limit, others have not"
-        )
+    if len({_kind(part) for part in parts}) > 1:
+        raise ValueError(_OTHER_KIND)
     joined = jax.tree.map(join, *parts)
+    if joined.other_clips is not None:
+        slots = len(joined.other_clips.row)
+        in_order = np.repeat(np.arange(len(joined.length)), slots // len(joined.length))
+        joined = joined.replace(other_clips=joined.other_clips.replace(row=in_order))
     widths = {
         "tokens": prompt_tokens,
         "waveforms": samples,
@@ -156,6 +164,21 @@ def stack(parts: Sequence[Prompts], prompt_tokens: int, samples: int) -> Prompts
     return joined.replace(
         **{name: _widened(getattr(joined, name), width) for name, width in widths.items()}
     )
+
+
+_OTHER_KIND = (
+    "prompts that are sampled together need the same optional fields, and as many other clips of the same length; some "
+    "have insert_waveforms, insert_shift_samples, other_clips or a limit, others have not"
+)
+
+
+def _kind(prompts: Prompts) -> tuple[Any, ...]:
+    """What must be equal in prompts that are sampled together."""
+    others = prompts.other_clips
+    clips = (
+        () if others is None else (len(others.row) / len(prompts.length), others.waveforms.shape[1])
+    )
+    return jax.tree.structure(prompts), clips
 
 
 def _widened(x: Any, width: int) -> np.ndarray:
@@ -193,16 +216,28 @@ class _Queue:
         self._source = enumerate(requests)
         self._limits = (max(prompt_tokens), samples)
         self._read: list[tuple[int, Request]] = []
+        self._kind: tuple[Any, ...] | None = None
+        self.error: Exception | None = None
 
     def __len__(self) -> int:
         return len(self._read)
 
     def fill(self, count: int) -> bool:
-        """Reads on until there are `count`, and says whether there is any."""
+        """Reads on until there are `count`, and says whether there is any; an error ends the reading and is kept."""
+        try:
+            self._fill(count)
+        except Exception as error:  # whatever the caller's iterator raises
+            self.error, self._source = error, enumerate(())
+        return bool(self._read)
+
+    def _fill(self, count: int) -> None:
         for index, request in itertools.islice(self._source, max(0, count - len(self._read))):
             prompts = request.prompts
             try:
-                prompts.check_shapes()
+                prompts.check()
+                self._kind = self._kind or _kind(prompts)
+                if _kind(prompts) != self._kind:
+                    raise ValueError(_OTHER_KIND)
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}") from None
             have = (prompts.tokens.shape[1], prompts.waveforms.shape[1])
@@ -214,7 +249,6 @@ class _Queue:
                     f"give one of at most {self._limits[0]} tokens and {self._limits[1]} samples"
                 )
             self._read.append((index, request))
-        return bool(self._read)
 
     def take(self) -> tuple[int, Request]:
         return self._read.pop(0)

@@ -169,8 +169,11 @@ def stack_micro_batches(
         options: shapes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or the prompts were sampled with a control or with other clips.
     """
+    changed = ("insert_waveforms", "insert_shift_samples", "other_clips")
+    if given := [name for name in changed if getattr(prompts, name) is not None]:
+        raise ValueError(f"prompts.{given[0]} is given, which a replay does not know; leave it out")
     if len(queries) % micro_batches:
         raise ValueError(f"{micro_batches} micro-batches do not divide {len(queries)} queries")
     chosen = np.asarray(queries).reshape(micro_batches, -1)

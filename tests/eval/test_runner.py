@@ -109,7 +109,7 @@ def test_every_question_has_its_own_recording(quiet, tokenizer, settings, tmp_pa
         span = prompts.tokens[0, prompts.audio_start[0] :]
         assert span[0] == tokenizer.audio_id
         assert prompts.tokens[0, prompts.audio_start[0] - 1] == tokenizer.audio_bos_id
-        prompts.check_shapes()
+        prompts.check()
         assert prompts.tokens.shape[1] <= group.prompt_tokens[-1]
         assert prompts.waveforms.shape[1] <= group.samples
     waves = [one.store.read(f"audio/{i}.wav") for i in range(11)]

@@ -39,7 +39,21 @@ def assert_same_answers(got: Rollout, want: Rollout) -> None:
         np.testing.assert_array_equal(got.tokens[row, first:end], want.tokens[row, first:end])
         np.testing.assert_array_equal(got.sampled[row, :end], want.sampled[row, :end])
         np.testing.assert_array_equal(got.stop_rest[row, :end], want.stop_rest[row, :end])
-        np.testing.assert_allclose(got.logprob[row, :end], want.logprob[row, :end], atol=1e-4)
+        for name in ("logprob", "model_logprob"):
+            np.testing.assert_allclose(
+                getattr(got, name)[row, :end], getattr(want, name)[row, :end], atol=1e-4
+            )
+        np.testing.assert_array_equal(got.stop_reason[row, :end], want.stop_reason[row, :end])
+        # Nothing is left of what the row held before.
+        assert len(set(got.tokens[row, end:].tolist())) <= 1
+        for name, empty in (
+            ("logprob", 0),
+            ("model_logprob", 0),
+            ("sampled", False),
+            ("stop_rest", -1),
+            ("stop_reason", -1),
+        ):
+            assert (getattr(got, name)[row, end:] == empty).all(), name
     for name in (
         "prompt_length",
         "segment_samples",

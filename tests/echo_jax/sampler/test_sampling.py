@@ -76,6 +76,20 @@ def test_greedy_takes_the_most_probable_and_needs_no_luck():
         np.testing.assert_array_equal(tokens, logits.argmax(1))
 
 
+@pytest.mark.parametrize("size", [1, 50, 128, 129, 1000])
+def test_argmax_is_the_first_largest(size):
+    values = np.random.default_rng(size).integers(0, 5, (20, size)).astype(np.float32)
+    values[0] = -1e30
+    np.testing.assert_array_equal(sampling.argmax(values), values.argmax(1))
+
+
+def test_draws_are_those_of_jax():
+    logits = np.random.default_rng(4).normal(size=(30, 200)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(9), 30)
+    want = jax.vmap(jax.random.categorical)(keys, logits)
+    np.testing.assert_array_equal(sampling.draw(logits, keys, options_of()), want)
+
+
 def test_filters_hold_in_whole_rollouts(world):
     """The record's log-probabilities are those of the filtered distribution, stop events included."""
     options = dataclasses.replace(

@@ -112,7 +112,8 @@ def test_answers_come_as_they_finish_and_questions_are_read_as_needed(world, tal
         order.append(answer.index)
     assert sorted(order) == list(range(len(requests)))
     assert order != sorted(order), "some question should have been slower than a later one"
-    assert max(ahead) <= 4 + 2
+    # Four rows, one that is read ahead, and the answers of one round that are still on their way.
+    assert max(ahead) <= 4 + 1 + 4
 
 
 def test_no_questions_give_no_answers(world, talkative):
@@ -146,7 +147,7 @@ def test_budgets_of_single_prompts(world, talkative, asked):
             samples=SAMPLES,
         )
         got = answer.rollout
-        assert got.length[0] <= length
+        assert got.length[0] == length
         np.testing.assert_array_equal(
             got.tokens[0, first : got.length[0]], whole.tokens[0, first : got.length[0]]
         )
