@@ -9,6 +9,7 @@ import pytest
 
 from echo_jax.model import thinker
 from echo_jax.sampler import Prompts, SamplingOptions
+from echo_jax.sampler.stream import stack
 from echo_jax.text import prompts as prompts_lib
 from tests.echo_jax.sampler import scripts
 from tests.echo_jax.sampler.conftest import OPTIONS
@@ -103,6 +104,41 @@ def test_segments_are_cut_from_the_recording_and_not_from_the_example(world):
     for row, length in enumerate(prompts.length):
         # What follows the clip was taught with the recording's clip in the ear.
         assert rollout.tokens[row, length : rollout.length[row]].tolist() == expected[row].tokens
+
+
+def test_other_clips_in_another_order_are_refused(world):
+    prompts, _ = two_clip_prompts(world)
+    clips = prompts.other_clips
+    swapped = prompts.replace(other_clips=clips.replace(row=clips.row[::-1]))
+    with pytest.raises(ValueError, match=r"other_clips.row is \[1, 0\], but \[0, 1\] is needed"):
+        world.run(GREEDY, world.params, swapped)
+    fewer = prompts.replace(other_clips=jax.tree.map(lambda x: x[:1], clips))
+    with pytest.raises(ValueError, match="1 slots for 2 prompts; give as many for each"):
+        world.run(GREEDY, world.params, fewer)
+
+
+def test_stacked_clips_stay_with_their_prompts(world):
+    prompts, _ = two_clip_prompts(world)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], prompts) for i in (1, 0)]
+    together = stack(parts, prompts.tokens.shape[1], prompts.waveforms.shape[1])
+    assert together.other_clips.row.tolist() == [0, 1]
+    want = world.run(GREEDY, world.params, prompts)
+    got = world.run(GREEDY, world.params, together)
+    np.testing.assert_array_equal(got.tokens, want.tokens[::-1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("length", [0, 20], r"prompts.length is \[0, 20\]; all must lie in \[1, "),
+        ("num_samples", [22_401, 16_000], r"prompts.num_samples is .* lie in \[1, 22400\]"),
+        ("audio_start", [5, 500], r"prompts.audio_start is \[5, 500\], but the audio then ends"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(world, field, value, message):
+    prompts, _ = two_clip_prompts(world)
+    with pytest.raises(ValueError, match=message):
+        world.run(GREEDY, world.params, prompts.replace(**{field: np.array(value, np.int32)}))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from echo_jax.sampler import Prompts, Request, Sampler, stream
+from echo_jax.sampler import FinishReason, Prompts, Request, Sampler, stream
 from echo_jax.sampler.stream import stack
 from tests.echo_jax.sampler.conftest import OPTIONS
 from tests.echo_jax.sampler.test_loop import assert_same_answers
@@ -168,9 +168,58 @@ def test_what_does_not_fit_is_named(world, talkative, asked):
         ask(requests, samples=1_600)
     with pytest.raises(ValueError, match=r"request 3 has 1 prompts of \d+ tokens"):
         ask(requests, prompt_tokens=(64,))
+    with pytest.raises(ValueError, match=r"prompts.max_turns is \[9\]; all must lie in \[1, 4\]"):
+        ask([Request(requests[0].prompts.replace(max_turns=np.array([9])), requests[0].key)])
     mixed = [
         requests[0],
         Request(requests[1].prompts.replace(max_turns=np.ones(1)), requests[1].key),
     ]
-    with pytest.raises(ValueError, match="need the same optional fields"):
+    with pytest.raises(ValueError, match=r"request 1: .* need the same optional fields"):
         ask(mixed, refill=2)
+
+
+def test_what_was_read_before_an_error_is_answered(world, talkative, asked):
+    requests, answers = asked
+
+    def breaking():
+        yield from requests[:5]
+        raise OSError("the disk is gone")
+
+    got = {}
+    given = stream(
+        world.sampler(SAMPLED),
+        talkative,
+        breaking(),
+        rows=4,
+        prompt_tokens=LENGTHS,
+        samples=SAMPLES,
+        refill=1,
+    )
+    with pytest.raises(OSError, match="the disk is gone"):
+        got.update((answer.index, answer.rollout) for answer in given)
+    assert sorted(got) == [0, 1, 2, 3, 4]
+    for index, rollout in got.items():
+        assert_same_answers(rollout, one_of(answers[index], 0))
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_the_smallest_budgets(world, talkative, asked, budget):
+    """More rows than questions, a refill larger than the rows, one turn."""
+    requests, _ = asked
+    limits = {"max_response_tokens": np.array([budget]), "max_turns": np.array([1])}
+    found = list(
+        stream(
+            world.sampler(SAMPLED),
+            talkative,
+            [Request(request.prompts.replace(**limits), request.key) for request in requests[:3]],
+            rows=4,
+            prompt_tokens=LENGTHS,
+            samples=SAMPLES,
+            refill=99,
+        )
+    )
+    assert sorted(answer.index for answer in found) == [0, 1, 2]
+    for answer in found:
+        rollout = answer.rollout
+        assert 1 <= rollout.length[0] - rollout.prompt_length[0] <= budget
+        assert rollout.finish_reason[0] in (FinishReason.END, FinishReason.TOKEN_BUDGET)
