@@ -114,6 +114,13 @@ def test_lengths_are_rounded_up(rollout, prompts):
     np.testing.assert_array_equal(one.advantage, [[0.5, -0.5]])
 
 
+def test_prompts_that_a_replay_does_not_know_are_refused(rollout, prompts):
+    """Their rollouts heard something else than the recording's own clips."""
+    for name in ("insert_waveforms", "insert_shift_samples", "other_clips"):
+        with pytest.raises(ValueError, match=f"prompts.{name} is given"):
+            stacked(rollout, prompts.replace(**{name: np.zeros(3)}))
+
+
 def test_what_does_not_divide_is_named(rollout, prompts):
     with pytest.raises(ValueError, match="2 micro-batches do not divide 3 queries"):
         stacked(rollout, prompts, 2)
