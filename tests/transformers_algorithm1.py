@@ -111,7 +111,7 @@ class TransformersAlgorithm1:
                 return HostAnswer(response, inserted, FinishReason.TURN_LIMIT)
             span = cited_span(written, len(waveform)) if stops else None
             if span is not None:
-                audio = self._placeholder(span[1] - span[0])
+                audio = self._audio_tokens(span[1] - span[0])
                 if len(response) + len(audio) >= budget:
                     break
                 response += audio
@@ -161,7 +161,8 @@ class TransformersAlgorithm1:
         kept = self.tokenizer.decode(tokens[-1:])[:-num_chars]
         return [*tokens[:-1], *self.tokenizer.encode(kept, add_special_tokens=False)]
 
-    def _placeholder(self, num_samples: int) -> list[int]:
+    def _audio_tokens(self, num_samples: int) -> list[int]:
+        """What an inserted clip is in the row: begin, one `<|AUDIO|>` for each of its embeddings, end."""
         frames = -(-num_samples // self.extractor.hop_length)
         count = ((frames - 1) // 2 + 1 - 2) // 2 + 1
         names = ["<|audio_bos|>", *["<|AUDIO|>"] * count, "<|audio_eos|>"]

@@ -55,6 +55,19 @@ def asked(world, talkative):
     return requests, answers
 
 
+def one_by_one(world, params, requests):
+    """Answers through four rows, each refilled as soon as it is free."""
+    return stream(
+        world.sampler(SAMPLED),
+        params,
+        requests,
+        rows=4,
+        prompt_tokens=LENGTHS,
+        samples=SAMPLES,
+        refill=1,
+    )
+
+
 def one_of(rollout, row: int):
     return jax.tree.map(lambda x: x[row : row + 1] if np.ndim(x) else x, rollout)
 
@@ -99,15 +112,7 @@ def test_answers_come_as_they_finish_and_questions_are_read_as_needed(world, tal
             yield request
 
     order, ahead = [], []
-    for answer in stream(
-        world.sampler(SAMPLED),
-        talkative,
-        reading(),
-        rows=4,
-        prompt_tokens=LENGTHS,
-        samples=SAMPLES,
-        refill=1,
-    ):
+    for answer in one_by_one(world, talkative, reading()):
         ahead.append(len(read) - len(order))
         order.append(answer.index)
     assert sorted(order) == list(range(len(requests)))
@@ -186,15 +191,7 @@ def test_what_was_read_before_an_error_is_answered(world, talkative, asked):
         raise OSError("the disk is gone")
 
     got = {}
-    given = stream(
-        world.sampler(SAMPLED),
-        talkative,
-        breaking(),
-        rows=4,
-        prompt_tokens=LENGTHS,
-        samples=SAMPLES,
-        refill=1,
-    )
+    given = one_by_one(world, talkative, breaking())
     with pytest.raises(OSError, match="the disk is gone"):
         got.update((answer.index, answer.rollout) for answer in given)
     assert sorted(got) == [0, 1, 2, 3, 4]
