@@ -273,7 +273,7 @@ def check(topology: str, sampler: Sampler, shapes: Shapes, texts: Path | None = 
         copies=[
             instruction
             for compiled in (loop, admission)
-            for instruction in compiled.program.copies(math.prod(buffer))
+            for instruction in compiled.program.copies(math.prod(buffer[1:]))
         ],
         step=max(decode, key=hlo.total_bytes),
         needed_bytes=_needed_bytes(params["language_model"], state),

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="rows of the jitted loop")
     parser.add_argument("--seconds", type=int, default=10, help="length of the recordings")
     parser.add_argument(
-        "--requests", type=int, default=8, help="requests that the released method answers"
+        "--requests",
+        type=int,
+        default=8,
+        help="questions that the released method answers, and the loop as often as its rows allow",
     )
     parser.add_argument(
         "--policies", type=int, default=len(overhead.POLICIES), help="insertion policies to compare"

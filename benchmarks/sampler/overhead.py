@@ -1,7 +1,8 @@
 """What the interleaved loop costs beyond the work that it cannot avoid, and how that depends on when it inserts.
 
 Unavoidable is: as many plain decode steps (`thinker.decode_step` and an arg-max, nothing recorded), reading as much of
-the cache; and one batched encode-and-prefill of the clips that were inserted. Each is timed alone in the same run.
+the cache; and one batched encode-and-prefill of the clips that were inserted, all padded to the longest. Each is timed
+alone in the same run.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
         sampler = Sampler(work.config, work.tokenizer, options)
         rollout, seconds = _time_loop(sampler, work.params, prompts, args.repeats)
         work.check(rollout)
-        visible = _cache_reads(sampler, work.params, prompts)
-        decode = _time_plain_decode(sampler, work.params, prompts, visible, args.repeats)
+        reads, waited = _step_by_step(sampler, work.params, prompts)
+        decode = _time_plain_decode(sampler, work.params, prompts, reads, args.repeats)
         encode = _time_insertion(work, rollout, args.repeats)
         clips, inserts = int(rollout.num_segments.sum()), int(rollout.num_insert_steps)
         print(
             f"slots {slots:2}, patience {patience:2}: {seconds:6.2f} s, {int(rollout.num_decode_steps)} decode and "
-            f"{inserts} insert steps for {clips} clips ({100 * clips / (inserts * slots):.0f} % of the slots used); "
+            f"{inserts} insert steps for {clips} clips ({100 * clips / (inserts * slots):.0f} % of the slots used, "
+            f"{100 * waited:.0f} % of the rows waiting); "
             f"unavoidable {decode:.2f} + {encode:.2f} s, overhead {100 * (seconds / (decode + encode) - 1):.0f} %",
             flush=True,
         )
@@ -74,18 +76,23 @@ def _time_loop(
     return jax.device_get(sampler.finish(state)), min(times[1:])
 
 
-def _cache_reads(sampler: Sampler, params: Params, prompts: Prompts) -> Mapping[int, int]:
-    """How many decode steps read how many slots of the cache."""
+def _step_by_step(
+    sampler: Sampler, params: Params, prompts: Prompts
+) -> tuple[Mapping[int, int], float]:
+    """How many decode steps read how many slots of the cache, and in what share of their rows one waited for audio."""
     state = sampler.start(params, prompts, jax.random.key(0))
     steps = cache_steps(state.tokens.shape[1])
     found: collections.Counter[int] = collections.Counter()
-    while np.asarray(state.active).any():
-        longest = int(np.where(np.asarray(state.active), np.asarray(state.length), 0).max())
+    waited = 0
+    while (active := np.asarray(state.active)).any():
+        longest = int(np.where(active, np.asarray(state.length), 0).max())
+        waiting = int((active & np.asarray(state.waiting)).sum())
         before = int(state.num_decode_steps)
         state = sampler.run(params, state, max_steps=1)
         if int(state.num_decode_steps) > before:
             found[next(visible for visible in steps if longest <= visible)] += 1
-    return found
+            waited += waiting
+    return found, waited / (found.total() * len(state.tokens))
 
 
 def _time_plain_decode(

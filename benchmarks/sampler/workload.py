@@ -71,16 +71,22 @@ class Workload:
     prompts: Prompts
     answers: list[scripts.Expected]
 
-    def batch(self, rows: int) -> Prompts:
-        """So many questions, in turn."""
-        index = np.arange(rows) % NUM_QUESTIONS
+    def batch(self, rows: int, questions: int = NUM_QUESTIONS) -> Prompts:
+        """So many rows, which ask the first questions in turn."""
+        index = np.arange(rows) % questions
         return jax.tree.map(lambda x: x[index], self.prompts)
 
-    def check(self, rollout: Rollout) -> None:
-        """Stops the benchmark if the answers to `batch` are not those that were written."""
-        for row, length in enumerate(np.asarray(rollout.length)):
-            answer = np.asarray(rollout.tokens[row, rollout.prompt_length[row] : length])
-            if answer.tolist() != self.answers[row % NUM_QUESTIONS].tokens:
+    def check(self, rollout: Rollout, asked: np.ndarray | None = None) -> None:
+        """Stops the benchmark if the answers are not those that were written.
+
+        Args:
+          rollout: of `batch`, or of
+          asked: the question of each row.
+        """
+        rows = np.arange(len(rollout.length)) if asked is None else asked
+        for row, number in enumerate(rows % NUM_QUESTIONS):
+            first, last = rollout.prompt_length[row], rollout.length[row]
+            if np.asarray(rollout.tokens[row, first:last]).tolist() != self.answers[number].tokens:
                 raise SystemExit(
                     f"row {row}: the sampler does not answer what the model was taught"
                 )

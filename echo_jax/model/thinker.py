@@ -43,12 +43,15 @@ def encode_audio(
       num_samples: i32[C].
 
     Returns:
-      [C, T, hidden_size]; the first `frontend.num_audio_tokens(num_samples)` entries of a clip are its tokens.
+      [C, T, hidden_size], T the tokens of a clip of S samples; the first `frontend.num_audio_tokens(num_samples)` of a
+      clip are its tokens.
     """
     mel = frontend.log_mel(waveforms, num_samples, config.audio.num_mel_bins)
-    return audio_tower.encode_clips(
+    audio = audio_tower.encode_clips(
         config.audio, params["audio_tower"], mel, frontend.num_frames(num_samples)
     )
+    # The tower's windows may reach beyond the buffer; what follows need not carry their padding.
+    return audio[:, : frontend.num_audio_tokens(waveforms.shape[1])]
 
 
 def merge_audio(

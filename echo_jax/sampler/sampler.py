@@ -32,7 +32,7 @@ class Sampler:
       config, options, mesh, rules: as given.
       automaton: the tag grammar over the vocabulary.
       sampleable: bool[V], the tokens that an answer may hold.
-      programs: one line for each program that has been compiled so far, with its shapes.
+      programs: one line for each prefill and each loop that has been compiled so far, with its shapes.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Sampler:
         self._empty = jax.jit(self._empty_impl, static_argnums=0)
         self._admit = jax.jit(self._admit_impl, donate_argnames="state")
         self._run = jax.jit(self._run_impl, donate_argnames="state")
+        self._take = jax.jit(self._take_impl, donate_argnames="state")
 
     @property
     def num_shards(self) -> int:
@@ -220,6 +221,18 @@ class Sampler:
         limits = [NO_LIMIT if limit is None else limit for limit in (max_steps, min_finished)]
         return self._run(params, state, np.array(limits, np.int32))
 
+    def take(self, state: SamplerState, rows: np.ndarray) -> tuple[SamplerState, Rollout]:
+        """Takes answers out of a state, whose rows are empty from then on. Consumes `state`.
+
+        Args:
+          state: of `run`.
+          rows: i32[N], rows that have finished, counted over all shards; numbers of B or more leave places out.
+
+        Returns:
+          The state, and N rows (meaningless where a place was left out).
+        """
+        return self._take(state, rows)
+
     @staticmethod
     def finish(state: SamplerState) -> Rollout:
         """Keeps what a trainer or an evaluator needs of a state."""
@@ -317,6 +330,14 @@ class Sampler:
         loop = Loop(self.config, self.options, self.automaton, self.sampleable, self._data_axes)
         run = self._on_shards(loop.run, PartitionSpec(), self._rows_specs(), PartitionSpec())
         return self._constrained(run(params, state, limits))
+
+    def _take_impl(self, state: SamplerState, rows: jax.Array) -> tuple[SamplerState, Rollout]:
+        taken = jax.tree.map(
+            lambda x: x.at[rows].get(mode="clip") if x.ndim else x, self.finish(state)
+        )
+        emptied = state.finish_reason.at[rows].set(int(FinishReason.EMPTY), mode="drop")
+        # Constrained as everywhere, or the next call would find another sharding and compile again.
+        return self._constrained(state.replace(finish_reason=emptied)), taken
 
 
 def _seconds(waveforms: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from echo_jax.arrays import Params
 from echo_jax.sampler.sampler import Sampler
-from echo_jax.sampler.state import FinishReason, Prompts, Rollout, SamplerState
+from echo_jax.sampler.state import FinishReason, Prompts, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def stream(
         count = width * num_samples
         for begin in range(0, len(finished), count):
             part = finished[begin : begin + count]
-            state, taken = _take(state, np.append(part, np.full(count - len(part), rows)))
+            state, taken = sampler.take(state, np.append(part, np.full(count - len(part), rows)))
             taken = jax.device_get(taken)
             for place, row in enumerate(part.tolist()):
                 answers.append(Answer(*seats.leave(row), _one_row(taken, place)))
@@ -193,16 +193,6 @@ def _answer_keys(keys: jax.Array, num_samples: int) -> jax.Array:
     """Keys [Q] -> [Q, G]."""
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(fold_in, (0, None))(keys, jnp.arange(num_samples))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _take(state: SamplerState, rows: jax.Array) -> tuple[SamplerState, Rollout]:
-    """The records of finished rows, which are empty from now on; numbers beyond the last row are ignored."""
-    taken = jax.tree.map(
-        lambda x: x.at[rows].get(mode="clip") if x.ndim else x, Sampler.finish(state)
-    )
-    emptied = state.finish_reason.at[rows].set(int(FinishReason.EMPTY), mode="drop")
-    return state.replace(finish_reason=emptied), taken
 
 
 def _one_row(rollout: Rollout, row: int) -> Rollout:

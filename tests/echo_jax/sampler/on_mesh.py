@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echo_jax import arrays
 from echo_jax.model import thinker
 from echo_jax.sampler import Request, Sampler, SamplingOptions, decode_rules, stream
+from tests import compilations
 from tests.echo_jax.sampler.test_loop import assert_same_answers
 from tests.echo_jax.sampler.test_stream import alone
 from tests.models import citing_model, citing_tokenizer, noise_prompts
@@ -75,18 +76,24 @@ def main() -> None:
         wanted = jax.device_get(
             Sampler(config, tokenizer, OPTIONS)(params, prompts, jax.numpy.stack(one_key))
         )
-        answers = stream(
-            sampler,
-            sharded,
-            [Request(alone(prompts, i), keys[i]) for i in range(8)],
-            rows=8,
-            prompt_tokens=(prompts.tokens.shape[1],),
-            samples=SAMPLES,
-            refill=data,
-        )
-        for answer in answers:
-            one = jax.tree.map(lambda x, i=answer.index: x[i : i + 1] if np.ndim(x) else x, wanted)
-            assert_same_answers(answer.rollout, one)
+        with compilations.heard() as compiled:
+            answers = stream(
+                sampler,
+                sharded,
+                [Request(alone(prompts, i), keys[i]) for i in range(8)],
+                rows=8,
+                prompt_tokens=(prompts.tokens.shape[1],),
+                samples=SAMPLES,
+                refill=data,
+            )
+            for answer in answers:
+                one = jax.tree.map(
+                    lambda x, i=answer.index: x[i : i + 1] if np.ndim(x) else x, wanted
+                )
+                assert_same_answers(answer.rollout, one)
+        # One shape, one program: nothing that a call returns makes the next one compile again.
+        for name in ("empty", "admit", "run", "take"):
+            assert compiled.count(f"jit(_{name}_impl)") == 1, compiled
         print(f"data {data} x tensor {tensor}: equal, {heads} cache heads a device")
 
 

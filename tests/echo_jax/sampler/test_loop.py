@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from echo_jax.sampler import FinishReason, Prompts, Rollout
+from tests import compilations
 from tests.echo_jax.sampler import scripts
 from tests.echo_jax.sampler.conftest import OPTIONS, make_prompts
 
@@ -230,23 +231,14 @@ def test_no_control_token_is_ever_sampled(world):
 
 
 def test_a_second_call_compiles_nothing(world, talkative, sampled):
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     sampler = world.sampler(SAMPLED)
     jax.block_until_ready(sampler(talkative, world.prompts, jax.random.key(3)))
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations.heard() as compiled:
         jax.jit(lambda x: x * 3 - 7)(np.ones(11))
-        assert len(compiled) == 1, "the listener must hear a compilation"
+        assert len(compiled) == 1, "a compilation must be heard"
         prompts = make_prompts(world.tokenizer, seed=9)
         jax.block_until_ready(sampler(talkative, prompts, jax.random.key(1)))
         state = sampler.start(talkative, prompts, jax.random.key(2))
         for steps in (1, 4, None):
             state = sampler.run(talkative, state, max_steps=steps)
         assert len(compiled) == 1
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)

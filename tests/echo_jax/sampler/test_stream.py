@@ -9,6 +9,7 @@ import pytest
 
 from echo_jax.sampler import FinishReason, Prompts, Request, Sampler, stream
 from echo_jax.sampler.stream import stack
+from tests import compilations
 from tests.echo_jax.sampler.conftest import OPTIONS
 from tests.echo_jax.sampler.test_loop import assert_same_answers
 from tests.models import noise_prompts
@@ -82,24 +83,27 @@ def test_answers_are_those_of_questions_asked_alone(
     # A sampler of its own, so that its programs can be counted.
     sampler = Sampler(world.config, world.tokenizer, SAMPLED)
     got = {}
-    for answer in stream(
-        sampler,
-        talkative,
-        iter(requests),
-        rows=rows,
-        prompt_tokens=LENGTHS,
-        samples=SAMPLES,
-        num_samples=num_samples,
-        refill=refill,
-    ):
-        assert (answer.index, answer.sample) not in got
-        got[answer.index, answer.sample] = answer.rollout
+    with compilations.heard() as compiled:
+        for answer in stream(
+            sampler,
+            talkative,
+            iter(requests),
+            rows=rows,
+            prompt_tokens=LENGTHS,
+            samples=SAMPLES,
+            num_samples=num_samples,
+            refill=refill,
+        ):
+            assert (answer.index, answer.sample) not in got
+            got[answer.index, answer.sample] = answer.rollout
     assert set(got) == set(itertools.product(range(len(requests)), range(num_samples)))
     for (index, sample), rollout in got.items():
         assert_same_answers(rollout, one_of(answers[index], sample))
     # A prefill for each length that was needed, and one loop.
     assert len(sampler.programs) == 3, sampler.programs
     assert sum("loop over" in program for program in sampler.programs) == 1
+    counts = [compiled.count(f"jit(_{name}_impl)") for name in ("empty", "admit", "run", "take")]
+    assert counts == [1, 2, 1, 1], compiled
 
 
 def test_answers_come_as_they_finish_and_questions_are_read_as_needed(world, talkative, asked):
