@@ -20,7 +20,7 @@ from data.records import EaqaRecord
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
-from launch import train
+from launch import grpo_stage, stage, train
 from tests.models import citing_model, citing_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,9 +174,9 @@ def test_what_means_nothing_is_refused_before_anything_is_read(stage, tmp_path):
 
 
 def test_not_finite_is_named():
-    with pytest.raises(train.NonFiniteError, match=r"step 7: grad_norm is nan; .* batch: a, b"):
-        train.check_finite({"loss": 1.0, "grad_norm": float("nan")}, 7, ["a", "b"])
-    train.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
+    with pytest.raises(stage.NonFiniteError, match=r"step 7: grad_norm is nan; .* batch: a, b"):
+        stage.check_finite({"loss": 1.0, "grad_norm": float("nan")}, 7, ["a", "b"])
+    stage.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
 
 
 # -------------------- runs --------------------
@@ -373,9 +373,9 @@ def test_rollouts_are_scored_by_their_sampled_text(how, name, totals):
     config.format = how
     config.reward.name = name
     batch = {"records": [record(0), record(1)], "num_samples": np.array([48_000, 48_000])}
-    scores = train.score_rollout(config, tokenizer, rollout, batch)
+    scores = grpo_stage.score_rollout(config, tokenizer, rollout, batch)
     assert [score["total"] for score in scores] == pytest.approx(totals)
-    metrics = train.rollout_metrics(scores, rollout, 2)
+    metrics = grpo_stage.rollout_metrics(scores, rollout, 2)
     assert metrics["reward/total"] == pytest.approx(np.mean(totals))
     assert metrics["reward/correct"] == 0.5
     assert metrics["insertions"] == 0.5

@@ -1,0 +1,30 @@
+"""The stages that learn from chats: base and SFT."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from echo_jax.train import sft
+from echo_jax.train.checkpoint import TrainState
+from launch.stage import Model, StepFunction, StepResult, Updater, check_finite
+
+
+def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
+    """Cross-entropy on the assistant's tokens."""
+    loss_fn = functools.partial(sft.chat_loss, model.config, config.remat)
+    updater = Updater(config, model.params, loss_fn, updates_per_step=1)
+
+    def run_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, StepResult]:
+        started = time.monotonic()
+        micro_batches = sft.stack_micro_batches(batch, config.micro_batches)
+        state, metrics = updater(state, micro_batches, state.step)
+        check_finite(metrics, state.step + 1, batch["ids"])
+        tokens = int((batch["tokens"] != model.config.pad_id).sum())
+        timings = {"train_s": time.monotonic() - started}
+        return state, StepResult(metrics, timings, tokens, list(batch["ids"]))
+
+    return updater, run_step
