@@ -54,8 +54,17 @@ def stage(name: str) -> ConfigDict:
     data.cache_bytes = 1 << 30
 
     config.total_steps = 1
-    # Recompute activations in the backward pass instead of keeping them.
-    config.remat = False
+
+    # Devices of the training steps: batches are divided over data and fsdp, weights over fsdp and tensor. -1: the rest.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # "float32"; "mixed" (float32 parameters and optimizer, bfloat16 computation); or "bfloat16".
+    config.precision = "float32"
+    # "auto" takes the splash kernel on TPU and plain attention elsewhere.
+    config.attention = "auto"
+    # What the backward pass computes again instead of keeping it: "none", "full" or "dots" (see model/execution.py).
+    config.remat = "none"
+    # Positions a row whose logits are in memory at once; 0 for all.
+    config.vocabulary_chunk = 0
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3
@@ -76,6 +85,13 @@ def stage(name: str) -> ConfigDict:
     checkpoint.asynchronous = True
     config.log_every_steps = 1
     return config
+
+
+def at_scale(config: ConfigDict) -> None:
+    """What a model of billions of parameters needs."""
+    config.precision = "mixed"
+    config.remat = "full"
+    config.vocabulary_chunk = 256
 
 
 FROZEN_TOWER = (("audio_tower/.*", "freeze"), ("language_model/.*", "train"))

@@ -27,6 +27,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.queries_per_microbatch = 1
     config.advantage = "group_normalized"
 
+    # Devices of the rollouts: the same, rows divided over data, weights over tensor.
+    config.rollout_mesh = ConfigDict({"data": -1, "tensor": 1})
+
     sampling = config.sampling = ConfigDict()
     sampling.temperature = 1.0
     sampling.max_response_tokens = 2048
@@ -111,7 +114,7 @@ def _echo_7b(config: ConfigDict) -> None:
     config.data.clip_seconds = 30.0
     config.data.max_tokens = 2048
     config.total_steps = 342  # one pass over EAQA-RL
-    config.remat = True
+    common.at_scale(config)
     config.checkpoint.every_steps = 20
 
 

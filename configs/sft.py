@@ -78,7 +78,7 @@ def _echo_7b(config: ConfigDict) -> None:
     config.data.max_tokens = 2048
     config.batch_size = 16
     config.total_steps = 75_862 // 16  # one pass over EAQA-SFT
-    config.remat = True
+    common.at_scale(config)
     config.optimizer.learning_rate = 5e-6
     # "Linear warm-up over 5 %"; what follows is not stated.
     config.optimizer.schedule = "constant"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Params = Any
 """A nested dict whose leaves are arrays; its structure equals the tree of `ArraySpec` it was made from."""
@@ -84,6 +84,40 @@ class ShardingRules:
                 used[mesh_axis] = axis
             entries.append(entry)
         return PartitionSpec(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays lie: a mesh and the rules for it, or one device.
+
+    Attributes:
+      mesh: devices; None for one device, where nothing is constrained.
+      rules: logical axis -> mesh axis.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+
+    def sharding(self, *logical_axes: str | None) -> NamedSharding:
+        """The sharding of an array with these axes; the placement must have a mesh."""
+        if self.mesh is None:
+            raise ValueError("one device has no shardings; give the placement a mesh")
+        return NamedSharding(self.mesh, self.rules.partition_spec(logical_axes))
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        """Fixes the sharding of an activation inside a jitted function."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(*logical_axes))
+
+    def num_shards(self, logical_axis: str) -> int:
+        """Over how many devices an axis is divided."""
+        axes = getattr(self.rules, logical_axis) or ()
+        names = (axes,) if isinstance(axes, str) else axes
+        return math.prod(self.mesh.shape[axis] for axis in names) if self.mesh else 1
+
+
+ONE_DEVICE = Placement()
 
 
 def is_spec(x: Any) -> bool:

@@ -55,6 +55,7 @@ class Range:
 
 
 COUNT = Range(least=1, whole=True)
+NATURAL = Range(least=0, whole=True)
 NOT_NEGATIVE = Range(least=0)
 POSITIVE = Range(above=0)
 SHARE = Range(least=0, most=1)

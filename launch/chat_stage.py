@@ -15,8 +15,16 @@ from launch.stage import Model, StepFunction, StepResult, Updater, check_finite
 
 def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     """Cross-entropy on the assistant's tokens."""
-    loss_fn = functools.partial(sft.chat_loss, model.config, config.remat)
-    updater = Updater(config, model.params, loss_fn, updates_per_step=1)
+    shards = model.placement.num_shards("batch")
+    if config.batch_size // config.micro_batches % shards:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} in config.micro_batches={config.micro_batches} cannot be divided "
+            f"over the mesh's {shards} shards of the batch (data x fsdp); give another number, or another config.mesh"
+        )
+    loss_fn = functools.partial(
+        sft.chat_loss, model.config, model.execution(config), config.vocabulary_chunk
+    )
+    updater = Updater(config, model, loss_fn, updates_per_step=1)
 
     def run_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, StepResult]:
         started = time.monotonic()

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from data.listening import ListeningConfig
 from echo_jax import ranges
 from echo_jax.model import frontend
+from echo_jax.model.execution import ATTENTION, PLAIN, REMAT_POLICIES, Execution
 from echo_jax.ranges import Range
 from echo_jax.sampler import SamplingOptions
-from echo_jax.train import grpo, optimizer, replay, rewards
+from echo_jax.train import grpo, optimizer, replay, rewards, step
 from launch import inputs
 
 FORMATS = ("conditioned", "grounded", "interleaved")
@@ -27,6 +28,7 @@ _RANGES = {
     "total_steps": ranges.COUNT,
     "batch_size": ranges.COUNT,
     "micro_batches": ranges.COUNT,
+    "vocabulary_chunk": ranges.NATURAL,
     "log_every_steps": ranges.COUNT,
     "checkpoint.every_steps": ranges.COUNT,
     "checkpoint.keep_last": ranges.COUNT,
@@ -57,6 +59,12 @@ _RANGES = {
     "sampling.insertion_patience": ranges.COUNT,
 }
 
+_NAMES = {
+    "precision": tuple(step.PRECISIONS),
+    "attention": ("auto", *ATTENTION),
+    "remat": tuple(REMAT_POLICIES),
+}
+
 
 def check_config(config: ConfigDict) -> None:
     """Checks all that a config says by itself.
@@ -70,6 +78,9 @@ def check_config(config: ConfigDict) -> None:
         values = config.get(section, {}) if section else config
         if field in values:
             ranges.check(f"config.{name}", values[field], allowed)
+    for name, known in _NAMES.items():
+        if config[name] not in known:
+            raise ValueError(f"config.{name}={config[name]!r} must be one of {', '.join(known)}")
     optimizer.OptimizerOptions(**config.optimizer.to_dict())
     optimizer.check_rules(config.parameter_rules)
     if config.stage == "grpo":
@@ -100,8 +111,12 @@ def sampling_options(config: ConfigDict) -> SamplingOptions:
     return SamplingOptions(insert_audio=config.format == "interleaved", **fields)
 
 
-def replay_options(config: ConfigDict) -> replay.ReplayOptions:
+def replay_options(config: ConfigDict, execution: Execution = PLAIN) -> replay.ReplayOptions:
     """How the trainer runs the rollouts of `sampling_options` again.
+
+    Args:
+        config: of the GRPO stage.
+        execution: of its training passes.
 
     Raises:
         ValueError: a value that it cannot use.
@@ -115,7 +130,8 @@ def replay_options(config: ConfigDict) -> replay.ReplayOptions:
         token_multiple=config.replay.token_multiple,
         target_multiple=config.replay.target_multiple,
         temperature=options.temperature,
-        remat=config.remat,
+        vocabulary_chunk=config.vocabulary_chunk,
+        execution=execution,
     )
 
 

@@ -8,8 +8,8 @@ and an admission, with the shapes and shardings of their arguments. The table ha
 
   peak, temp    GiB a chip of both programs, the larger number (`Compiled.memory_analysis`); peak holds the arguments,
                 among them weights and cache, which are donated and updated in place.
-  copies        instructions of either schedule that write a cache buffer, or all of its parts, to a new place
-                (`hlo.Program.copies`); 0 is what is wanted.
+  copies        instructions of either schedule that write what a layer holds of a cache buffer, a multiple of it, or
+                all of its parts, to a new place (`hlo.Program.copies`); 0 is what is wanted.
   read / need   bytes that a decode step reads from HBM over weights and live cache. Read is summed over the schedule
                 of the decode loop that reads all positions, with the scan over layers as often as it runs
                 (`hlo.Program.reads`): an instruction reads its operands whole, with the padding of their tiles, or

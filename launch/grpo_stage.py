@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from echo_jax import arrays
+from echo_jax.arrays import Placement
+from echo_jax.model import thinker
 from echo_jax.sampler import FinishReason, Prompts, Rollout, Sampler
 from echo_jax.text.tokenizer import Tokenizer
-from echo_jax.train import grpo, replay, rewards
+from echo_jax.train import grpo, replay, rewards, step
 from echo_jax.train.checkpoint import TrainState
+from launch import devices
 from launch.checks import replay_options, sampling_options
 from launch.stage import Metrics, Model, StepFunction, StepResult, Updater, check_finite
 
@@ -62,28 +68,68 @@ def rollout_metrics(scores: list[dict[str, float]], rollout: Rollout, group: int
     return metrics
 
 
+def make_sampler_weights(
+    config: ConfigDict, model: Model, decode: Placement
+) -> Callable[[arrays.Params], arrays.Params]:
+    """The function that hands the trained parameters to the sampler: at most one cast and one change of sharding."""
+    compute = step.PRECISIONS[config.precision].compute
+    if decode.mesh is None and step.PRECISIONS[config.precision].master == compute:
+        return lambda params: params
+
+    def cast(params: arrays.Params) -> arrays.Params:
+        return jax.tree.map(lambda x: x.astype(compute), params)
+
+    if decode.mesh is None:
+        return jax.jit(cast)
+    specs = thinker.param_specs(model.config)
+    shardings = jax.tree.map(
+        lambda spec: decode.sharding(*spec.logical_axes), specs, is_leaf=arrays.is_spec
+    )
+    return jax.jit(cast, out_shardings=shardings)
+
+
+def _check_divisible(config: ConfigDict, training: Placement, decode: Placement) -> None:
+    for field, shards, what in (
+        ("queries_per_microbatch", training.num_shards("batch"), "config.mesh (data x fsdp)"),
+        ("queries_per_step", decode.num_shards("batch"), "config.rollout_mesh (data)"),
+    ):
+        if config[field] % shards:
+            raise ValueError(
+                f"config.{field}={config[field]} cannot be divided over the {shards} shards of {what}; give a "
+                "multiple, or another mesh"
+            )
+
+
 def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     """Groups of sampled answers, their rewards and advantages, then one update a mini-batch."""
     group, minibatch = config.rollouts_per_query, config.queries_per_minibatch
-    sampler = Sampler(model.config, model.tokenizer, sampling_options(config))
+    decode = devices.decode_placement(config, model.config.text, model.placement)
+    _check_divisible(config, model.placement, decode)
+    rules = decode.rules if decode.mesh else None
+    sampler = Sampler(model.config, model.tokenizer, sampling_options(config), decode.mesh, rules)
+    sampler_weights = make_sampler_weights(config, model, decode)
     advantage_fn = grpo.get_advantage(config.advantage)
     loss_options = grpo.GrpoOptions(**config.loss.to_dict())
-    options = replay_options(config)
+    options = replay_options(config, model.execution(config))
     vocabulary = replay.Vocabulary(sampler.sampleable, np.asarray(sampler.automaton.stop_mask))
     loss_fn = functools.partial(replay.replay_loss, model.config, options, vocabulary, loss_options)
     updates = config.queries_per_step // minibatch
-    updater = Updater(config, model.params, loss_fn, updates)
+    updater = Updater(config, model, loss_fn, updates)
     # The cold start, kept as it is: the trained parameters are donated from update to update, these never.
-    reference = jax.device_put(model.params) if loss_options.kl_coefficient else None
+    reference = None
+    if loss_options.kl_coefficient:
+        reference = jax.tree.map(functools.partial(jnp.array, copy=True), model.params)
     logprob_fn = functools.partial(replay.logprobs, model.config, options, vocabulary)
     # One micro-batch at a time, as in the update.
     reference_fn = jax.jit(
-        lambda params, batches: jax.lax.map(functools.partial(logprob_fn, params), batches)
+        lambda params, batches: jax.lax.map(functools.partial(logprob_fn, params), batches),
+        out_shardings=model.placement.sharding(None, "batch") if model.placement.mesh else None,
     )
 
     def run_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, StepResult]:
         clock = [time.monotonic()]
-        timings = {"rollout_s": 0.0, "reward_s": 0.0, "logprob_s": 0.0, "train_s": 0.0}
+        parts = ("sync", "rollout", "reward", "logprob", "train")
+        timings = {f"{part}_s": 0.0 for part in parts}
 
         def lap(name: str) -> None:
             clock.append(time.monotonic())
@@ -99,7 +145,9 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
         )
         # Rollout.
         key = jax.random.fold_in(state.key, state.step)
-        rollout = jax.device_get(sampler(state.params, jax.device_put(prompts), key, group))
+        weights = jax.block_until_ready(sampler_weights(state.params))
+        lap("sync_s")
+        rollout = devices.to_host(sampler(weights, devices.put(prompts, decode), key, group))
         lap("rollout_s")
         # Rewards and advantages.
         scores = score_rollout(config, model.tokenizer, rollout, batch)
@@ -118,7 +166,7 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
                 minibatch // config.queries_per_microbatch,
                 options,
             )
-            replayed = jax.device_put(replayed)
+            replayed = devices.put(replayed, model.placement, None)
             reference_logprob = None
             if reference is not None:
                 reference_logprob = jax.block_until_ready(reference_fn(reference, replayed))

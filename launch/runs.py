@@ -14,8 +14,14 @@ SETTINGS_FILE = "run.json"
 DONE_FILE = "done.json"
 
 # Fields that change how a run is kept and shown, not what it learns.
-_INDIFFERENT = ("log_every_steps", "data.cache_bytes")
-_INDIFFERENT_SECTION = "checkpoint."
+_INDIFFERENT = (
+    "log_every_steps",
+    "data.cache_bytes",
+    "attention",
+    "remat",
+    "vocabulary_chunk",
+)
+_INDIFFERENT_SECTIONS = ("checkpoint.", "mesh.", "rollout_mesh.")
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def _deciding_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> li
     return [
         name
         for name in changed_fields(_placed(before), _placed(after))
-        if name not in _INDIFFERENT and not name.startswith(_INDIFFERENT_SECTION)
+        if name not in _INDIFFERENT and not name.startswith(_INDIFFERENT_SECTIONS)
     ]
 
 

@@ -34,9 +34,9 @@ from echo_jax.model.config import ThinkerConfig
 from echo_jax.text.tokenizer import Tokenizer
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
 from echo_jax.train.metrics import MetricWriter
-from launch import chat_stage, grpo_stage, inputs, runs
+from launch import chat_stage, devices, grpo_stage, inputs, runs
 from launch.checks import check_config
-from launch.stage import Model, NonFiniteError, StepFunction, Updater
+from launch.stage import Model, NonFiniteError, StepFunction, Updater, place
 
 PROGRAM = "launch.train"
 SHOWN = {
@@ -59,22 +59,26 @@ SHOWN = {
 
 
 def load_model(config: ConfigDict) -> Model:
-    """The model a stage starts from (3. above)."""
+    """The model a stage starts from (3. above), on the devices of config.mesh."""
     if config.init_from:
         directory = huggingface.resolve(config.init_from)
         thinker_config, params = huggingface.load_pretrained(directory)
-        return Model(thinker_config, params, Tokenizer.from_directory(directory))
-    if config.stage != "base":
+        tokenizer = Tokenizer.from_directory(directory)
+    elif config.stage == "base":
+        tokenizer = inputs.new_tokenizer(config, inputs.load_scenes(config))
+        thinker_config = ThinkerConfig.preset(
+            config.model_preset, vocab_size=tokenizer.vocab_size, **tokenizer.config_ids
+        )
+        specs = thinker.param_specs(thinker_config)
+        params = arrays.init_params(specs, jax.random.key(config.seed))
+    else:
         raise ValueError(
             f"config.init_from is empty; give the {config.stage} stage a model directory or the workdir of a "
             "finished stage"
         )
-    tokenizer = inputs.new_tokenizer(config, inputs.load_scenes(config))
-    thinker_config = ThinkerConfig.preset(
-        config.model_preset, vocab_size=tokenizer.vocab_size, **tokenizer.config_ids
-    )
-    specs = thinker.param_specs(thinker_config)
-    return Model(thinker_config, arrays.init_params(specs, jax.random.key(config.seed)), tokenizer)
+    placement = devices.train_placement(config, thinker_config)
+    params = place(config, thinker_config, params, placement)
+    return Model(thinker_config, params, tokenizer, placement)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,6 +95,7 @@ STAGES: dict[str, Callable[[ConfigDict, Model], tuple[Updater, StepFunction]]] =
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the stage to its end."""
     check_config(config)
+    devices.initialize()
     if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
         return
@@ -101,14 +106,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
     options = config.checkpoint
     with Checkpoints(workdir / "checkpoints", options.keep_last, options.asynchronous) as saved:
         state = start(config, workdir, model, updater, saved, iterator)
-        runs.write_settings(config, workdir)
+        if jax.process_index() == 0:
+            runs.write_settings(config, workdir)
         print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
     print("exporting the model")
     huggingface.save_pretrained(
-        workdir / "export", model.config, jax.device_get(state.params), model.tokenizer
+        workdir / "export", model.config, devices.to_host(state.params), model.tokenizer
     )
-    runs.write_done(config, workdir, state.step)
+    if jax.process_index() == 0:
+        runs.write_done(config, workdir, state.step)
     print(f"finished {state.step} steps; the model is {workdir / 'export'}")
 
 
@@ -124,10 +131,12 @@ def start(
     step = saved.latest_step()
     if step is not None:
         runs.check_continues(saved.stored_config(), step, config, workdir)
-    # Copies: the state is donated step by step, the model's own arrays serve as reference.
-    params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), model.params)
+    # The model's own arrays: they are given up with the first step, in which the state is donated.
     fresh = TrainState(
-        step=0, params=params, opt_state=updater.init(params), key=jax.random.key(config.seed)
+        step=0,
+        params=model.params,
+        opt_state=updater.init(model.params),
+        key=devices.replicated(jax.random.key(config.seed), model.placement),
     )
     if step is None:
         return fresh

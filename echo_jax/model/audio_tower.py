@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echo_jax.arrays import ArraySpec, Params
+from echo_jax.arrays import ONE_DEVICE, ArraySpec, Params, Placement
 from echo_jax.model.config import AudioConfig
 
 _LAYER_NORM_EPS = 1e-5
@@ -104,7 +104,11 @@ def _conv3(params: Params, x_wtc: jax.Array, stride: int) -> jax.Array:
 
 
 def encode_windows(
-    config: AudioConfig, params: Params, mel_wfm: jax.Array, num_frames_w: jax.Array
+    config: AudioConfig,
+    params: Params,
+    mel_wfm: jax.Array,
+    num_frames_w: jax.Array,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """Encodes independent windows.
 
@@ -113,6 +117,7 @@ def encode_windows(
       params: the tower's arrays.
       mel_wfm: f32[W, 2 * half_window, mels], zero beyond each window's frames.
       num_frames_w: i32[W], valid mel frames of each window, 0 for padding windows.
+      placement: over its `batch` the windows are divided.
 
     Returns:
       [W, half_window // 2, output_dim]; entries that pool a frame beyond a window's end are meaningless.
@@ -140,8 +145,10 @@ def encode_windows(
         x = x + jnp.einsum("wqhk,hkd->wqd", attended, p["o"]["kernel"]) + p["o"]["bias"]
         y = _layer_norm(p["mlp_norm"], x)
         y = jax.nn.gelu(y @ p["fc1"]["kernel"] + p["fc1"]["bias"], approximate=False)
-        return x + y @ p["fc2"]["kernel"] + p["fc2"]["bias"], None
+        x = x + y @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+        return placement.constrain(x, "batch", None, None), None
 
+    x = placement.constrain(x, "batch", None, None)
     x, _ = jax.lax.scan(layer, x, params["layers"])
     windows = x.shape[0]
     pooled = x.reshape(windows, config.window_tokens, 2, config.d_model).mean(axis=2)
@@ -151,7 +158,11 @@ def encode_windows(
 
 
 def encode_clips(
-    config: AudioConfig, params: Params, mel_cfm: jax.Array, num_frames_c: jax.Array
+    config: AudioConfig,
+    params: Params,
+    mel_cfm: jax.Array,
+    num_frames_c: jax.Array,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """Encodes clips of equal buffer length.
 
@@ -160,6 +171,7 @@ def encode_clips(
       params: the tower's arrays.
       mel_cfm: f32[C, F, mels]; F is padded up to whole windows here.
       num_frames_c: i32[C], valid mel frames of each clip.
+      placement: over its `batch` the clips are divided.
 
     Returns:
       [C, windows * half_window // 2, output_dim]: the tokens of a clip are contiguous from index 0.
@@ -174,5 +186,6 @@ def encode_clips(
         params,
         mel_cfm.reshape(clips * windows, config.window_frames, mels),
         num_frames.reshape(clips * windows),
+        placement,
     )
     return embeddings.reshape(clips, windows * config.window_tokens, config.output_dim)

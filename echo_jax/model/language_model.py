@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from echo_jax.arrays import ArraySpec, Params, is_spec
+from echo_jax.arrays import ONE_DEVICE, ArraySpec, Params, Placement, is_spec
+from echo_jax.model import attention
 from echo_jax.model.config import TextConfig
+from echo_jax.model.execution import PLAIN, Execution
 
 _UNROLLED_LAYERS = 4
-# Queries that attend together: the scores of a prompt of 300 s would be gigabytes, and those of a 30 s clip in a row of
-# 4,096 slots, as a whole, do not stay in a TPU's VMEM.
-_QUERY_BLOCK = 256
 
 
 def param_specs(config: TextConfig) -> dict:
@@ -73,6 +72,18 @@ def param_specs(config: TextConfig) -> dict:
             "kernel": ArraySpec((e, config.vocab_size), ("embed", "vocab"), "fan_in", (0,))
         }
     return specs
+
+
+class Packing(struct.PyTreeNode):
+    """Several sequences in a row.
+
+    Attributes:
+      positions: i32[B, L], from 0 in each sequence.
+      segments: i32[B, L], which sequence of its row an entry belongs to; padding has a number of its own.
+    """
+
+    positions: Any
+    segments: Any
 
 
 class KVCache(struct.PyTreeNode):
@@ -138,61 +149,6 @@ def _rotate(x_bthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x_bthk.dtype)
 
 
-def attention(
-    q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, mask_bts: jax.Array
-) -> jax.Array:
-    """Grouped-query attention with an explicit mask (True = may attend); softmax in float32.
-
-    Args:
-      q_bthk: [B, T, H, head_dim].
-      k_bsgk, v_bsgk: [B, S, kv_heads, head_dim].
-      mask_bts: bool[B or 1, T, S].
-
-    Returns:
-      [B, T, H, head_dim].
-    """
-    b, t, h, k = q_bthk.shape
-    groups = k_bsgk.shape[2]
-    # The queries that share a key head stand below each other, so that each product is one plain batched matmul; on
-    # CPU that is three times as fast as one more batch dimension.
-    q_bgnk = (q_bthk * k**-0.5).reshape(b, t, groups, h // groups, k)
-    q_bgnk = q_bgnk.transpose(0, 2, 3, 1, 4).reshape(b, groups, h // groups * t, k)
-    scores = jnp.einsum("bgnk,bsgk->bgns", q_bgnk, k_bsgk, preferred_element_type=jnp.float32)
-    mask_bns = jnp.tile(mask_bts, (1, h // groups, 1))
-    weights = jax.nn.softmax(jnp.where(mask_bns[:, None], scores, -1e30), axis=-1)
-    out_bgnk = jnp.einsum("bgns,bsgk->bgnk", weights.astype(v_bsgk.dtype), v_bsgk)
-    out = out_bgnk.reshape(b, groups, h // groups, t, k).transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, t, h, k)
-
-
-def _attention_in_order(
-    q_bthk: jax.Array, k_bsgk: jax.Array, v_bsgk: jax.Array, positions_bt: jax.Array
-) -> jax.Array:
-    """`attention` of queries that see the slots up to their position, a block of queries at a time where they are long.
-
-    positions_bt is i32[B or 1, T].
-    """
-    slots = jnp.arange(k_bsgk.shape[1])
-    length = q_bthk.shape[1]
-    if length <= _QUERY_BLOCK:
-        return attention(q_bthk, k_bsgk, v_bsgk, slots <= positions_bt[..., None])
-    blocks = -(-length // _QUERY_BLOCK)
-    missing = blocks * _QUERY_BLOCK - length
-    queries = jnp.pad(q_bthk, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    positions = jnp.pad(positions_bt, ((0, 0), (0, missing)))
-
-    def attend(first: jax.Array) -> jax.Array:
-        block_q, block_positions = (
-            jax.lax.dynamic_slice_in_dim(x, first, _QUERY_BLOCK, axis=1)
-            for x in (queries, positions)
-        )
-        return attention(block_q, k_bsgk, v_bsgk, slots <= block_positions[..., None])
-
-    # [blocks, B, block, H, head_dim]
-    attended = jax.lax.map(attend, jnp.arange(blocks) * _QUERY_BLOCK)
-    return jnp.moveaxis(attended, 0, 1).reshape(queries.shape)[:, :length]
-
-
 def _decoder_layer(
     config: TextConfig,
     p: Params,
@@ -200,24 +156,41 @@ def _decoder_layer(
     cos: jax.Array,
     sin: jax.Array,
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """One layer; `attend(q, k, v)` decides what the new queries see."""
     y = rms_norm(p["attn_norm"]["scale"], x, config.rms_norm_eps)
     q = jnp.einsum("bte,ehk->bthk", y, p["q"]["kernel"]) + p["q"]["bias"]
     k = jnp.einsum("bte,egk->btgk", y, p["k"]["kernel"]) + p["k"]["bias"]
     v = jnp.einsum("bte,egk->btgk", y, p["v"]["kernel"]) + p["v"]["bias"]
+    q = placement.constrain(q, "batch", None, "heads", None)
+    k, v = (placement.constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
     attended = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
     x = x + jnp.einsum("bthk,hke->bte", attended, p["o"]["kernel"])
+    x = placement.constrain(x, "batch", None, None)
     y = rms_norm(p["mlp_norm"]["scale"], x, config.rms_norm_eps)
     # Flat rows: the backward pass of the same products on [B, T, E] is twice as slow on CPU.
     y = y.reshape(-1, y.shape[-1])
     y = jax.nn.silu(y @ p["gate"]["kernel"]) * (y @ p["up"]["kernel"])
-    return x + (y @ p["down"]["kernel"]).reshape(x.shape)
+    y = placement.constrain(y, "batch", "mlp")
+    return placement.constrain(x + (y @ p["down"]["kernel"]).reshape(x.shape), "batch", None, None)
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
+def embed(params: Params, tokens: jax.Array, placement: Placement = ONE_DEVICE) -> jax.Array:
     """Token embeddings; i32[...] -> [..., hidden_size]."""
-    return params["embed"]["embedding"][tokens]
+    table = placement.constrain(params["embed"]["embedding"], "vocab", None)
+    return table[tokens]
+
+
+def gathered_head(params: Params, placement: Placement) -> Params:
+    """What `unembed` reads of the parameters, over its width on every device."""
+    if "lm_head" in params:
+        return {
+            "lm_head": {"kernel": placement.constrain(params["lm_head"]["kernel"], None, "vocab")}
+        }
+    return {
+        "embed": {"embedding": placement.constrain(params["embed"]["embedding"], "vocab", None)}
+    }
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
@@ -231,31 +204,42 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     )
 
 
-def forward(config: TextConfig, params: Params, x_ble: jax.Array, remat: bool = False) -> jax.Array:
-    """Runs whole right-padded rows without a cache (training).
+def forward(
+    config: TextConfig,
+    params: Params,
+    x_ble: jax.Array,
+    packing: Packing | None = None,
+    execution: Execution = PLAIN,
+) -> jax.Array:
+    """Runs whole rows without a cache (training).
 
     Args:
       config: sizes.
       params: the language model's arrays.
-      x_ble: [B, L, hidden_size] embeddings; padding stands after a row's end, where causality hides it.
-      remat: recompute layer activations in the backward pass instead of keeping them.
+      x_ble: [B, L, hidden_size] embeddings.
+      packing: where a row holds several sequences. Without it a row is one, right padded: padding stands after the end,
+        where causality hides it.
+      execution: how to run it.
 
     Returns:
       [B, L, hidden_size] final hidden states, normalized.
     """
     batch, length = x_ble.shape[:2]
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    cos, sin = rotary(positions, config.head_dim, config.rope_theta)
-    causal = jnp.tril(jnp.ones((1, length, length), bool))
+    if packing is None:
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        packing = Packing(positions, jnp.zeros_like(positions))
+    cos, sin = rotary(packing.positions, config.head_dim, config.rope_theta)
+    segments = packing.segments
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention.by_segment(q, k, v, segments, segments, execution)
 
     def layer(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        return _decoder_layer(
-            config, p, x, cos, sin, functools.partial(attention, mask_bts=causal)
-        ), None
+        return _decoder_layer(config, p, x, cos, sin, attend, execution.placement), None
 
     x, _ = jax.lax.scan(
-        jax.checkpoint(layer) if remat else layer,
-        x_ble,
+        execution.rematerialized(layer),
+        execution.placement.constrain(x_ble, "batch", None, None),
         params["layers"],
         # Stacking the residuals of few small layers costs more than it saves (a fifth of a step on CPU).
         unroll=config.num_layers <= _UNROLLED_LAYERS,
@@ -269,7 +253,7 @@ def forward_continuations(
     x_qpe: jax.Array,
     length_q: jax.Array,
     x_bte: jax.Array,
-    remat: bool = False,
+    execution: Execution = PLAIN,
 ) -> jax.Array:
     """Runs several continuations of each prefix without a cache (training); the prefix itself is run once.
 
@@ -282,23 +266,23 @@ def forward_continuations(
       length_q: i32[Q], entries of each prefix that the continuations see.
       x_bte: [B, T, hidden_size] embeddings of the continuations, B a multiple of Q, those of a prefix together, right
         padded.
-      remat: recompute layer activations in the backward pass instead of keeping them.
+      execution: how to run it.
 
     Returns:
       [B, T, hidden_size] final hidden states of the continuations, normalized.
     """
     (num_prefixes, prefix), (batch, length) = x_qpe.shape[:2], x_bte.shape[:2]
     each = batch // num_prefixes
+    placement = execution.placement
     start_b = jnp.repeat(length_q, each)
     before = jnp.broadcast_to(jnp.arange(prefix), (num_prefixes, prefix))
     angles_prefix = rotary(before, config.head_dim, config.rope_theta)
     angles = rotary(start_b[:, None] + jnp.arange(length), config.head_dim, config.rope_theta)
-    causal_prefix = jnp.tril(jnp.ones((1, prefix, prefix), bool))
-    seen = jnp.broadcast_to(
-        (jnp.arange(prefix) < start_b[:, None])[:, None], (batch, length, prefix)
-    )
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
-    mask = jnp.concatenate([seen, causal], axis=-1)
+    whole_prefix = jnp.ones((num_prefixes, prefix), jnp.int32)
+    ours = jnp.ones((batch, length), jnp.int32)
+    # What pads a prefix is a segment of its own.
+    seen = (jnp.arange(prefix) < start_b[:, None]).astype(jnp.int32)
+    seen = jnp.concatenate([seen, ours], axis=1)
 
     def layer(
         carry: tuple[jax.Array, jax.Array], p: Params
@@ -307,22 +291,23 @@ def forward_continuations(
 
         def attend_prefix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             shared.extend((k, v))
-            return attention(q, k, v, causal_prefix)
+            return attention.by_segment(q, k, v, whole_prefix, whole_prefix, execution)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             keys, values = (
                 jnp.concatenate([jnp.repeat(old, each, axis=0), new], axis=1)
                 for old, new in zip(shared, (k, v), strict=True)
             )
-            return attention(q, keys, values, mask)
+            return attention.by_segment(q, keys, values, ours, seen, execution)
 
         x_prefix, x = carry
-        x_prefix = _decoder_layer(config, p, x_prefix, *angles_prefix, attend_prefix)
-        return (x_prefix, _decoder_layer(config, p, x, *angles, attend)), None
+        x_prefix = _decoder_layer(config, p, x_prefix, *angles_prefix, attend_prefix, placement)
+        return (x_prefix, _decoder_layer(config, p, x, *angles, attend, placement)), None
 
+    start = tuple(placement.constrain(x, "batch", None, None) for x in (x_qpe, x_bte))
     (_, x), _ = jax.lax.scan(
-        jax.checkpoint(layer) if remat else layer,
-        (x_qpe, x_bte),
+        execution.rematerialized(layer),
+        start,
         params["layers"],
         unroll=config.num_layers <= _UNROLLED_LAYERS,
     )
@@ -368,7 +353,7 @@ def prefill(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             nonlocal keys, values
             keys, values = write(keys, k), write(values, v)
-            return _attention_in_order(q, k, v, positions)
+            return attention.in_order(q, k, v, positions)
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None
@@ -444,7 +429,9 @@ def extend(
             # Writing at [layer, row, slot] inside the scan keeps the buffers in place; updating the whole stack after
             # the scan would copy the cache.
             keys, values = write(keys, k), write(values, v)
-            return attention(q, keys[index, :, :visible], values[index, :, :visible], mask)
+            return attention.attention(
+                q, keys[index, :, :visible], values[index, :, :visible], mask
+            )
 
         x = _decoder_layer(config, p, x, cos, sin, attend)
         return (x, keys, values), None
@@ -500,6 +487,4 @@ def _extend_row(
 
     keys, values = write(buffers[0], k), write(buffers[1], v)
     positions = start + jnp.arange(len(q))
-    return (keys, values), _attention_in_order(q[None], read(keys), read(values), positions[None])[
-        0
-    ]
+    return (keys, values), attention.in_order(q[None], read(keys), read(values), positions[None])[0]

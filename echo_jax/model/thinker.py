@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from echo_jax.arrays import Params
+from echo_jax.arrays import ONE_DEVICE, Params, Placement
 from echo_jax.model import audio_tower, frontend, language_model
 from echo_jax.model.config import ThinkerConfig
-from echo_jax.model.language_model import KVCache
+from echo_jax.model.execution import PLAIN, Execution
+from echo_jax.model.language_model import KVCache, Packing
 
 
 class AudioClips(struct.PyTreeNode):
@@ -32,7 +33,11 @@ def param_specs(config: ThinkerConfig) -> dict:
 
 
 def encode_audio(
-    config: ThinkerConfig, params: Params, waveforms: jax.Array, num_samples: jax.Array
+    config: ThinkerConfig,
+    params: Params,
+    waveforms: jax.Array,
+    num_samples: jax.Array,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """Waveforms to audio embeddings.
 
@@ -41,39 +46,76 @@ def encode_audio(
       params: all arrays of the model.
       waveforms: f32[C, S], 16 kHz mono, S a multiple of 160, zero beyond num_samples.
       num_samples: i32[C].
+      placement: over its `batch` the clips are divided.
 
     Returns:
       [C, T, hidden_size], T the tokens of a clip of S samples; the first `frontend.num_audio_tokens(num_samples)` of a
       clip are its tokens.
     """
+    waveforms = placement.constrain(waveforms, "batch", None)
     mel = frontend.log_mel(waveforms, num_samples, config.audio.num_mel_bins)
     audio = audio_tower.encode_clips(
-        config.audio, params["audio_tower"], mel, frontend.num_frames(num_samples)
+        config.audio, params["audio_tower"], mel, frontend.num_frames(num_samples), placement
     )
     # The tower's windows may reach beyond the buffer; what follows need not carry their padding.
     return audio[:, : frontend.num_audio_tokens(waveforms.shape[1])]
 
 
 def merge_audio(
-    x_ble: jax.Array, audio_cte: jax.Array, num_tokens: jax.Array, row: jax.Array, start: jax.Array
+    x_ble: jax.Array,
+    audio_cte: jax.Array,
+    num_tokens: jax.Array,
+    row: jax.Array,
+    start: jax.Array,
+    parts: int = 1,
 ) -> jax.Array:
-    """Writes clips' embeddings over the embeddings of their <|AUDIO|> tokens."""
-    length = x_ble.shape[1]
-    offsets = jnp.arange(audio_cte.shape[1])
-    columns = jnp.where(offsets < num_tokens[:, None], start[:, None] + offsets, length)
-    return x_ble.at[row[:, None], columns].set(audio_cte.astype(x_ble.dtype), mode="drop")
+    """Puts clips' embeddings in the place of those of their <|AUDIO|> tokens.
+
+    Args:
+      x_ble: [B, L, hidden_size].
+      audio_cte: [C, T, hidden_size].
+      num_tokens, row, start: i32[C], how many of T are real, and where they begin.
+      parts: rows and clips are so many equal parts, and no clip belongs to a row of another part: then nothing moves
+        between the devices that hold them.
+    """
+    (batch, length, width), (clips, tokens) = x_ble.shape, audio_cte.shape[:2]
+    rows = batch // parts
+    offsets = jnp.arange(tokens)
+
+    def place_of(num_tokens: jax.Array, row: jax.Array, start: jax.Array) -> jax.Array:
+        """i32[rows, L]: which of a part's embeddings belongs there, -1 for none."""
+        columns = jnp.where(offsets < num_tokens[:, None], start[:, None] + offsets, length)
+        which = jnp.arange(clips // parts)[:, None] * tokens + offsets
+        empty = jnp.full((rows, length), -1)
+        return empty.at[row[:, None] % rows, columns].set(which, mode="drop")
+
+    split = (x.reshape(parts, clips // parts) for x in (num_tokens, row, start))
+    place = jax.vmap(place_of)(*split)
+    audio = audio_cte.astype(x_ble.dtype).reshape(parts, -1, width)
+    heard = jax.vmap(lambda part, index: part[jnp.maximum(index, 0)])(audio, place)
+    is_audio = (place >= 0).reshape(batch, length, 1)
+    return jnp.where(is_audio, heard.reshape(x_ble.shape), x_ble)
 
 
 def embed_tokens(
-    config: ThinkerConfig, params: Params, tokens: jax.Array, clips: tuple[AudioClips, ...]
+    config: ThinkerConfig,
+    params: Params,
+    tokens: jax.Array,
+    clips: tuple[AudioClips, ...],
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
-    """Embeds rows of tokens and puts the sound in; i32[B, L] -> [B, L, hidden_size]."""
-    x = language_model.embed(params["language_model"], tokens)
+    """Embeds rows of tokens and puts the sound in; i32[B, L] -> [B, L, hidden_size].
+
+    Under a placement, clips and rows are divided alike: the clips of a group belong to rows of the same shard.
+    """
+    x = language_model.embed(params["language_model"], tokens, placement)
+    x = placement.constrain(x, "batch", None, None)
     for group in clips:
-        audio = encode_audio(config, params, group.waveforms, group.num_samples)
-        x = merge_audio(
-            x, audio, frontend.num_audio_tokens(group.num_samples), group.row, group.start
-        )
+        audio = encode_audio(config, params, group.waveforms, group.num_samples, placement)
+        num_tokens = frontend.num_audio_tokens(group.num_samples)
+        parts = placement.num_shards("batch")
+        x = merge_audio(x, audio, num_tokens, group.row, group.start, parts)
+        x = placement.constrain(x, "batch", None, None)
     return x
 
 
@@ -82,11 +124,12 @@ def forward_hidden(
     params: Params,
     tokens: jax.Array,
     clips: tuple[AudioClips, ...] = (),
-    remat: bool = False,
+    packing: Packing | None = None,
+    execution: Execution = PLAIN,
 ) -> jax.Array:
-    """Final hidden states of whole right-padded rows; i32[B, L] -> [B, L, hidden_size]."""
-    x = embed_tokens(config, params, tokens, clips)
-    return language_model.forward(config.text, params["language_model"], x, remat)
+    """Final hidden states of whole rows; i32[B, L] -> [B, L, hidden_size]. See `language_model.forward`."""
+    x = embed_tokens(config, params, tokens, clips, execution.placement)
+    return language_model.forward(config.text, params["language_model"], x, packing, execution)
 
 
 def forward(

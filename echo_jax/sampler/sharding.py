@@ -14,12 +14,14 @@ def decode_rules(
     """Shardings for sampling: rows over `data`; heads, FFN and vocabulary over `tensor`; the rest on every device.
 
     Where the mesh has more tensor shards than the model has key/value heads, their projections are on every device, and
-    the cache holds each head once for every shard that needs it.
+    the cache holds each head once for every shard that needs it. A vocabulary that the shards do not divide is on every
+    device, too.
     """
-    few = mesh.shape[tensor] > config.num_kv_heads
+    shards = mesh.shape[tensor]
+    few = shards > config.num_kv_heads
     return ShardingRules(
         batch=data,
-        vocab=tensor,
+        vocab=None if config.vocab_size % shards else tensor,
         heads=tensor,
         kv_heads=None if few else tensor,
         cache_heads=tensor,

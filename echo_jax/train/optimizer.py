@@ -194,6 +194,26 @@ def decay_mask(params: PyTree) -> PyTree:
     )
 
 
+def state_shardings(
+    optimizer: optax.GradientTransformation, trainable: PyTree, shardings: PyTree, other: Any
+) -> PyTree:
+    """Shardings of the optimizer's state: what there is for each parameter lies where the parameter does.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        trainable: its parameters; arrays or `jax.ShapeDtypeStruct`.
+        shardings: the same tree, of shardings.
+        other: the sharding of counters.
+    """
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        shardings,
+        transform_non_params=lambda _: other,
+    )
+
+
 def make_optimizer(options: OptimizerOptions, total_updates: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with the schedule and the decay mask; acts on the trainable
     part of `split`."""

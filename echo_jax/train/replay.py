@@ -20,9 +20,10 @@ from echo_jax import ranges
 from echo_jax.arrays import Params
 from echo_jax.model import language_model, thinker
 from echo_jax.model.config import ThinkerConfig
+from echo_jax.model.execution import PLAIN, Execution
 from echo_jax.sampler import loop
 from echo_jax.sampler.state import Prompts, Rollout
-from echo_jax.train import grpo, targets
+from echo_jax.train import grpo, head, targets
 from echo_jax.train.sft import SumAndDenominator
 
 # By how much the room for clips grows where the least is not enough: a few large steps, few compilations.
@@ -36,12 +37,13 @@ class ReplayOptions:
     Attributes:
         group: rows per prompt.
         buffers: lengths of the segment buffers in samples, ascending; the last holds any segment.
-        least_slots: clips that each buffer of a micro-batch has room for at least; () = one a row for the first buffer,
-            one for eight rows for the others.
+        least_slots: clips that each buffer of a micro-batch's shard has room for at least; () = one a row for the first
+            buffer, one for eight rows for the others.
         token_multiple: T is rounded up to it.
         target_multiple: K is rounded up to it.
         temperature: of the rollout.
-        remat: recompute activations in the backward pass.
+        vocabulary_chunk: positions a row whose logits are in memory at once; 0 for all.
+        execution: how the forward pass is run.
 
     Raises:
         ValueError: a number out of its range, or not one least per buffer; the message names the field.
@@ -53,11 +55,13 @@ class ReplayOptions:
     token_multiple: int = 128
     target_multiple: int = 64
     temperature: float = 1.0
-    remat: bool = False
+    vocabulary_chunk: int = 0
+    execution: Execution = PLAIN
 
     def __post_init__(self) -> None:
         for name in ("token_multiple", "target_multiple"):
             ranges.check(f"config.replay.{name}", getattr(self, name), ranges.COUNT)
+        ranges.check("config.vocabulary_chunk", self.vocabulary_chunk, ranges.NATURAL)
         if not all(isinstance(least, int) and least >= 1 for least in self.least_slots):
             raise ValueError(
                 f"config.replay.least_slots={self.least_slots} must hold whole numbers, each at least 1"
@@ -124,28 +128,32 @@ def _segment_slots(
 ) -> tuple[SegmentSlots, ...]:
     """The clips of each micro-batch (an array of row numbers), stacked, one entry a buffer length.
 
-    begin_b[row] is the index in the rollout's row at which the answer's row begins.
+    Every shard of a micro-batch has as many slots, and in them the clips of its own rows. begin_b[row] is the index in
+    the rollout's row at which the answer's row begins.
     """
-    num_rows = len(rows[0])
+    shards = options.execution.placement.num_shards("batch")
+    num_rows = len(rows[0]) // shards
     least = options.least_slots or (num_rows, *[max(num_rows // 8, 1)] * (len(options.buffers) - 1))
-    # [micro-batch][buffer] -> list of (row, begin, num_samples, start)
+    # [micro-batch and shard][buffer] -> list of (row, begin, num_samples, start)
     found: list[list[list[tuple[int, int, int, int]]]] = []
     for members in rows:
-        by_buffer: list[list[tuple[int, int, int, int]]] = [[] for _ in options.buffers]
-        for local, row in enumerate(members):
-            for i in range(int(rollout.num_segments[row])):
-                begin, end = (int(x) for x in rollout.segment_samples[row, i])
-                buffer = int(np.searchsorted(options.buffers, end - begin))
-                start = int(rollout.segment_token_start[row, i] - begin_b[row])
-                by_buffer[buffer].append((local, begin, end - begin, start))
-        found.append(by_buffer)
+        for first in range(0, len(members), num_rows):
+            by_buffer: list[list[tuple[int, int, int, int]]] = [[] for _ in options.buffers]
+            for local, row in enumerate(members[first : first + num_rows], first):
+                for i in range(int(rollout.num_segments[row])):
+                    begin, end = (int(x) for x in rollout.segment_samples[row, i])
+                    buffer = int(np.searchsorted(options.buffers, end - begin))
+                    start = int(rollout.segment_token_start[row, i] - begin_b[row])
+                    by_buffer[buffer].append((local, begin, end - begin, start))
+            found.append(by_buffer)
     result = []
     for buffer in range(len(options.buffers)):
-        width = _slots(max(len(micro[buffer]) for micro in found), least[buffer])
-        table = np.zeros((len(rows), width, 4), np.int32)
-        for number, micro in enumerate(found):
-            if micro[buffer]:
-                table[number, : len(micro[buffer])] = micro[buffer]
+        width = _slots(max(len(part[buffer]) for part in found), least[buffer])
+        table = np.zeros((len(found), width, 4), np.int32)
+        for number, part in enumerate(found):
+            if part[buffer]:
+                table[number, : len(part[buffer])] = part[buffer]
+        table = table.reshape(len(rows), shards * width, 4)
         result.append(SegmentSlots(*(np.ascontiguousarray(table[..., k]) for k in range(4))))
     return tuple(result)
 
@@ -210,7 +218,7 @@ def hidden_states(
     config: ThinkerConfig, params: Params, batch: ReplayBatch, options: ReplayOptions
 ) -> jax.Array:
     """Final hidden states of the answers: [B, T, hidden_size]."""
-    prompts, group = batch.prompts, options.group
+    prompts, placement = batch.prompts, options.execution.placement
     num_samples = jnp.asarray(prompts.num_samples)
     recordings = thinker.AudioClips(
         waveforms=jnp.asarray(prompts.waveforms),
@@ -218,33 +226,54 @@ def hidden_states(
         row=jnp.arange(len(num_samples)),
         start=jnp.asarray(prompts.audio_start),
     )
-    x_qpe = thinker.embed_tokens(config, params, jnp.asarray(prompts.tokens), (recordings,))
+    tokens_qp = jnp.asarray(prompts.tokens)
+    x_qpe = thinker.embed_tokens(config, params, tokens_qp, (recordings,), placement)
     cut = tuple(
         thinker.AudioClips(
-            waveforms=loop.cut_segments(
-                recordings.waveforms,
-                num_samples,
-                jnp.zeros_like(num_samples),
-                slots.row // group,
-                slots.begin,
-                slots.num_samples,
-                buffer,
-            ),
+            waveforms=_cut(recordings, slots, buffer, options),
             num_samples=slots.num_samples,
             row=slots.row,
             start=slots.start,
         )
         for slots, buffer in zip(batch.segments, options.buffers, strict=True)
     )
-    x_bte = thinker.embed_tokens(config, params, batch.tokens, cut)
+    x_bte = thinker.embed_tokens(config, params, batch.tokens, cut, placement)
     return language_model.forward_continuations(
         config.text,
         params["language_model"],
         x_qpe,
         jnp.asarray(prompts.length) - 1,
         x_bte,
-        options.remat,
+        options.execution,
     )
+
+
+def _cut(
+    recordings: thinker.AudioClips, slots: SegmentSlots, buffer: int, options: ReplayOptions
+) -> jax.Array:
+    """The clips of some slots, f32[C, buffer]; each shard cuts its own from its own recordings."""
+    parts = options.execution.placement.num_shards("batch")
+    queries = len(recordings.num_samples) // parts
+
+    def cut(
+        waveforms: jax.Array, lengths: jax.Array, row: jax.Array, begin: jax.Array, num: jax.Array
+    ) -> jax.Array:
+        query = row // options.group % queries
+        return loop.cut_segments(
+            waveforms, lengths, jnp.zeros_like(lengths), query, begin, num, buffer
+        )
+
+    split = (
+        x.reshape(parts, len(x) // parts, *x.shape[1:])
+        for x in (
+            recordings.waveforms,
+            recordings.num_samples,
+            slots.row,
+            slots.begin,
+            slots.num_samples,
+        )
+    )
+    return jax.vmap(cut)(*split).reshape(-1, buffer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,16 +298,24 @@ def logprobs(
 ) -> jax.Array:
     """Log-probabilities of the sampled tokens under `params`: f32[B, K], anything where positions is 0."""
     hidden_bte = hidden_states(config, params, batch, options)
-    logits_bkv = language_model.unembed(
-        params["language_model"], targets.predicting(hidden_bte, batch.positions)
-    )
-    return grpo.token_logprobs(
-        logits_bkv,
-        jnp.take_along_axis(batch.tokens, batch.positions, axis=1),
-        options.temperature,
-        jnp.asarray(vocabulary.sampleable),
-        batch.stop_rest,
-        vocabulary.stop_mask,
+
+    def of_logits(logits: jax.Array, tokens: jax.Array, stop_rest: jax.Array) -> jax.Array:
+        return grpo.token_logprobs(
+            logits,
+            tokens,
+            options.temperature,
+            jnp.asarray(vocabulary.sampleable),
+            stop_rest,
+            vocabulary.stop_mask,
+        )
+
+    return head.map_logits(
+        params["language_model"],
+        targets.predicting(hidden_bte, batch.positions),
+        (jnp.take_along_axis(batch.tokens, batch.positions, axis=1), jnp.asarray(batch.stop_rest)),
+        of_logits,
+        options.vocabulary_chunk,
+        options.execution.placement,
     )
 
 

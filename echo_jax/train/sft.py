@@ -12,7 +12,8 @@ import numpy as np
 from echo_jax.arrays import Params
 from echo_jax.model import language_model, thinker
 from echo_jax.model.config import ThinkerConfig
-from echo_jax.train import targets
+from echo_jax.model.execution import Execution
+from echo_jax.train import head, targets
 
 TARGET_MULTIPLE = 32
 
@@ -26,12 +27,14 @@ class ChatBatch:
     Attributes:
         tokens: i32[B, L], right padded.
         positions: i32[B, K], indices of the target tokens, 0 where there are fewer (`targets.positions_of`).
-        clips: the audio of all rows.
+        clips: the audio of all rows; the slots belong to the rows in order, as many each.
+        packing: where rows hold several chats; None where each holds one.
     """
 
     tokens: Any
     positions: Any
     clips: thinker.AudioClips
+    packing: language_model.Packing | None = None
 
 
 def stack_micro_batches(batch: dict[str, Any], count: int) -> ChatBatch:
@@ -78,12 +81,25 @@ def cross_entropy(
         ``loss`` (nats, targets), ``accuracy`` (targets that are the likeliest token, targets): sums and their
         denominators.
     """
-    mask_bk = mask_bk.astype(jnp.float32)
+    return _summed(_log_probability_and_hit(logits_bkv, tokens_bk), mask_bk)
+
+
+def _log_probability_and_hit(
+    logits_bkv: jax.Array, tokens_bk: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, and whether it is the likeliest token; two f32[B, K]."""
     logits_bkv = logits_bkv.astype(jnp.float32)
-    logp_bk = jnp.take_along_axis(
-        jax.nn.log_softmax(logits_bkv, axis=-1), tokens_bk[..., None], axis=-1
-    )[..., 0]
-    right_bk = (jnp.argmax(logits_bkv, axis=-1) == tokens_bk).astype(jnp.float32)
+    at_token = jnp.take_along_axis(logits_bkv, tokens_bk[..., None], axis=-1)[..., 0]
+    # Counted, since an arg-max gathers a vocabulary that is divided over devices; a tie is no hit.
+    hit = (logits_bkv >= at_token[..., None]).sum(-1) == 1
+    return at_token - jax.nn.logsumexp(logits_bkv, axis=-1), hit.astype(jnp.float32)
+
+
+def _summed(
+    found_bk: tuple[jax.Array, jax.Array], mask_bk: jax.Array
+) -> dict[str, SumAndDenominator]:
+    logp_bk, right_bk = found_bk
+    mask_bk = mask_bk.astype(jnp.float32)
     denominator = mask_bk.sum()
     return {
         "loss": (-(logp_bk * mask_bk).sum(), denominator),
@@ -92,12 +108,22 @@ def cross_entropy(
 
 
 def chat_loss(
-    config: ThinkerConfig, remat: bool, params: Params, batch: ChatBatch
+    config: ThinkerConfig,
+    execution: Execution,
+    vocabulary_chunk: int,
+    params: Params,
+    batch: ChatBatch,
 ) -> dict[str, SumAndDenominator]:
-    """`cross_entropy` of the thinker on one micro-batch."""
-    hidden_ble = thinker.forward_hidden(config, params, batch.tokens, (batch.clips,), remat)
-    logits_bkv = language_model.unembed(
-        params["language_model"], targets.predicting(hidden_ble, batch.positions)
+    """`cross_entropy` of the thinker on one micro-batch, the logits of `vocabulary_chunk` positions a row at a time."""
+    hidden_ble = thinker.forward_hidden(
+        config, params, batch.tokens, (batch.clips,), batch.packing, execution
     )
-    tokens_bk = jnp.take_along_axis(batch.tokens, batch.positions, axis=1)
-    return cross_entropy(logits_bkv, tokens_bk, batch.positions > 0)
+    found = head.map_logits(
+        params["language_model"],
+        targets.predicting(hidden_ble, batch.positions),
+        (jnp.take_along_axis(batch.tokens, batch.positions, axis=1),),
+        _log_probability_and_hit,
+        vocabulary_chunk,
+        execution.placement,
+    )
+    return _summed(found, batch.positions > 0)

@@ -6,6 +6,7 @@ import pytest
 from echo_jax import arrays
 from echo_jax.model import language_model
 from echo_jax.model.config import TextConfig
+from echo_jax.model.execution import Execution
 
 CONFIG = TextConfig(
     vocab_size=40,
@@ -18,7 +19,7 @@ CONFIG = TextConfig(
 )
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_continuations_of_one_prefix_equal_whole_rows(remat):
     params = arrays.init_params(language_model.param_specs(CONFIG), jax.random.key(0))
     lengths, group, prefix, answer = np.array([5, 9, 1]), 3, 9, 7
@@ -36,7 +37,9 @@ def test_continuations_of_one_prefix_equal_whole_rows(remat):
         return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
     def shared(params, x_qpe, x_bte):
-        return language_model.forward_continuations(CONFIG, params, x_qpe, lengths, x_bte, remat)
+        return language_model.forward_continuations(
+            CONFIG, params, x_qpe, lengths, x_bte, Execution(remat)
+        )
 
     np.testing.assert_allclose(
         shared(params, x_qpe, x_bte), whole(params, rows), atol=1e-5, rtol=1e-5
@@ -45,6 +48,26 @@ def test_continuations_of_one_prefix_equal_whole_rows(remat):
     expected = jax.grad(lambda p: (whole(p, rows) * target).sum())(params)
     got = jax.grad(lambda p: (shared(p, x_qpe, x_bte) * target).sum())(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, expected)
+
+
+def test_packed_rows_equal_rows_of_their_own():
+    params = arrays.init_params(language_model.param_specs(CONFIG), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    lengths = (5, 1, 7)
+    single = [rng.normal(size=(1, length, 24)).astype(np.float32) for length in lengths]
+    padding = rng.normal(size=(1, 3, 24)).astype(np.float32)
+    packing = language_model.Packing(
+        positions=np.concatenate([np.arange(n) for n in (*lengths, 3)])[None],
+        segments=np.repeat(np.arange(1, 5) % 4, (*lengths, 3))[None],
+    )
+    packed = np.concatenate([*single, padding], axis=1)
+    got = language_model.forward(CONFIG, params, packed, packing)
+    begin = 0
+    for x in single:
+        expected = language_model.forward(CONFIG, params, x)
+        length = x.shape[1]
+        np.testing.assert_allclose(got[:, begin : begin + length], expected, atol=1e-5)
+        begin += length
 
 
 @pytest.mark.parametrize("chunk", [6, 14])

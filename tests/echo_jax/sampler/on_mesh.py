@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from echo_jax import arrays
 from echo_jax.model import thinker
@@ -62,7 +62,7 @@ def main() -> None:
         sampler = Sampler(config, tokenizer, OPTIONS, mesh, rules)
         sharded = jax.tree.map(
             lambda spec, x, mesh=mesh, rules=rules: jax.device_put(
-                x, NamedSharding(mesh, fitting(mesh, rules, spec))
+                x, NamedSharding(mesh, rules.partition_spec(spec.logical_axes))
             ),
             specs,
             params,
@@ -95,17 +95,6 @@ def main() -> None:
         for name in ("empty", "admit", "run", "take"):
             assert compiled.count(f"jit(_{name}_impl)") == 1, compiled
         print(f"data {data} x tensor {tensor}: equal, {heads} cache heads a device")
-
-
-def fitting(mesh: Mesh, rules: arrays.ShardingRules, spec: arrays.ArraySpec) -> PartitionSpec:
-    """The rules' sharding, but whole where a dimension (the odd vocabulary) cannot be divided."""
-    wanted = rules.partition_spec(spec.logical_axes)
-    return PartitionSpec(
-        *(
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(wanted, spec.shape, strict=True)
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -52,6 +52,25 @@ def test_micro_batches_do_not_change_logprobs(model, vocabulary, rollout, prompt
     )
 
 
+def test_the_vocabulary_in_chunks_changes_nothing(model, vocabulary, rollout, prompts):
+    config, params = model
+    batch = jax.tree.map(lambda x: x[0], stacked(rollout, prompts))
+    mask = batch.positions > 0
+    results = []
+    for chunk in (0, 7, 64):
+        options = dataclasses.replace(OPTIONS, vocabulary_chunk=chunk)
+
+        def total(params, options=options):
+            found = replay.logprobs(config, options, vocabulary, params, batch)
+            return jnp.where(mask, found, 0).sum(), found
+
+        results.append(jax.jit(jax.grad(total, has_aux=True))(params))
+    for gradients, found in results[1:]:
+        np.testing.assert_allclose(found[mask], results[0][1][mask], atol=1e-5)
+        close = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-4)
+        jax.tree.map(close, gradients, results[0][0])
+
+
 def test_without_its_clips_the_replay_is_another(model, vocabulary, rollout, prompts):
     batch = stacked(rollout, prompts)
     silent = jax.tree.map(np.zeros_like, batch.segments)

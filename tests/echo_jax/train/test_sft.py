@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from echo_jax.model.execution import PLAIN
 from echo_jax.train import sft, step
 
 
@@ -71,13 +72,14 @@ def chat_batch(tokenizer, prompts):
     return batch
 
 
-def test_chat_loss_equals_whole_logits(model, tokenizer, prompts):
+@pytest.mark.parametrize("chunk", [0, 3, 32, 100])
+def test_chat_loss_equals_whole_logits(model, tokenizer, prompts, chunk):
     from echo_jax.model import thinker
 
     config, params = model
     batch = chat_batch(tokenizer, prompts)
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), sft.stack_micro_batches(batch, 1))
-    total, count = sft.chat_loss(config, False, params, micro)["loss"]
+    total, count = sft.chat_loss(config, PLAIN, chunk, params, micro)["loss"]
     logits = thinker.forward(config, params, micro.tokens, (micro.clips,))
     logp = jax.nn.log_softmax(logits[:, :-1])
     picked = jnp.take_along_axis(logp, micro.tokens[:, 1:, None], axis=-1)[..., 0]
@@ -89,7 +91,9 @@ def test_accumulated_update_equals_the_whole(model, tokenizer, prompts):
     config, params = model
     batch = chat_batch(tokenizer, prompts)
     optimizer = optax.sgd(1.0)
-    update = jax.jit(step.make_update(functools.partial(sft.chat_loss, config, False), optimizer))
+    update = jax.jit(
+        step.make_update(functools.partial(sft.chat_loss, config, PLAIN, 0), optimizer)
+    )
     nothing = jax.tree.map(lambda _: None, params)
     results = [
         update(params, nothing, optimizer.init(params), sft.stack_micro_batches(batch, count))
