@@ -110,6 +110,25 @@ class Placement:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(*logical_axes))
 
+    def gathered(
+        self, x: jax.Array, stored: tuple[str | None, ...], used: tuple[str | None, ...]
+    ) -> jax.Array:
+        """A weight with fewer of its axes divided, as a computation uses it.
+
+        Its gradient goes back divided as the weight is stored: devices add up their parts and keep their own. (The
+        transpose of `constrain` would give every device the whole sum.)
+        """
+        if self.mesh is None:
+            return x
+
+        @jax.custom_vjp
+        def gather(x: jax.Array) -> jax.Array:
+            return self.constrain(x, *used)
+
+        gather.defvjp(lambda x: (gather(x), None), lambda _, g: (self.constrain(g, *stored),))
+        result: jax.Array = gather(x)
+        return result
+
     def num_shards(self, logical_axis: str) -> int:
         """Over how many devices an axis is divided."""
         axes = getattr(self.rules, logical_axis) or ()

@@ -178,19 +178,8 @@ def _decoder_layer(
 
 def embed(params: Params, tokens: jax.Array, placement: Placement = ONE_DEVICE) -> jax.Array:
     """Token embeddings; i32[...] -> [..., hidden_size]."""
-    table = placement.constrain(params["embed"]["embedding"], "vocab", None)
-    return table[tokens]
-
-
-def gathered_head(params: Params, placement: Placement) -> Params:
-    """What `unembed` reads of the parameters, over its width on every device."""
-    if "lm_head" in params:
-        return {
-            "lm_head": {"kernel": placement.constrain(params["lm_head"]["kernel"], None, "vocab")}
-        }
-    return {
-        "embed": {"embedding": placement.constrain(params["embed"]["embedding"], "vocab", None)}
-    }
+    table = params["embed"]["embedding"]
+    return placement.gathered(table, ("vocab", "embed"), ("vocab", None))[tokens]
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from echo_jax.arrays import ONE_DEVICE, Params, Placement
 from echo_jax.model import language_model
@@ -32,18 +33,53 @@ def map_logits(
       values: arrays [B, K, ...] that go with them.
       function: (f32[B, C, V], *[B, C, ...]) -> a tree of arrays [B, C]; each position by itself.
       chunk: C; 0 takes all positions at once.
-      placement: rows lie over its `batch`, the vocabulary over its `vocab`.
+      placement: rows lie over its `batch`, the head over its `embed` and `vocab`.
 
     Returns:
       A tree of arrays [B, K].
     """
+    name = "lm_head" if "lm_head" in params else "embed"
+    head = {name: params[name]}
+    if placement.mesh is None:
+        return _map_logits(head, hidden_bke, values, function, chunk)
+    rules = placement.rules
+    width = rules.embed or ()
+    axis = 0 if name == "lm_head" else 1
+
+    def on_shard(head: Params, hidden: jax.Array, values: tuple[jax.Array, ...]) -> PyTree:
+        # Gathered once and not in every chunk; and each device adds up its own rows' gradient over the chunks before
+        # the devices exchange them, which the compiler does not see by itself.
+        gathered = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, width, axis=axis, tiled=True) if width else x, head
+        )
+        return _map_logits(gathered, hidden, values, function, chunk)
+
+    rows = PartitionSpec(rules.batch)
+    weight = PartitionSpec(*(None,) * axis, rules.embed)
+    batch_axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+    width_axes = (width,) if isinstance(width, str) else width
+    return jax.shard_map(
+        on_shard,
+        mesh=placement.mesh,
+        in_specs=(weight, rows, rows),
+        out_specs=rows,
+        # The vocabulary's axis is the compiler's.
+        axis_names={*batch_axes, *width_axes},
+        check_vma=False,
+    )(head, hidden_bke, values)
+
+
+def _map_logits(
+    head: Params,
+    hidden_bke: jax.Array,
+    values: tuple[jax.Array, ...],
+    function: Callable[..., PyTree],
+    chunk: int,
+) -> PyTree:
     batch, positions = hidden_bke.shape[:2]
-    # Gathered once and not in every chunk: over its width the head is divided like any other weight.
-    gathered = language_model.gathered_head(params, placement)
 
     def of_chunk(hidden: jax.Array, *values: jax.Array) -> PyTree:
-        logits = language_model.unembed(gathered, hidden)
-        return function(placement.constrain(logits, "batch", None, "vocab"), *values)
+        return function(language_model.unembed(head, hidden), *values)
 
     if not chunk or chunk >= positions:
         return of_chunk(hidden_bke, *values)

@@ -188,9 +188,8 @@ def stack_micro_batches(
     rows = (chosen[..., None] * options.group + np.arange(options.group)).reshape(micro_batches, -1)
     flat = rows.reshape(-1)
     begin_b = np.repeat(np.asarray(prompts.length) - 1, options.group)
-    capacity = rollout.tokens.shape[1] - int(begin_b.min())
     longest = int(np.max((np.asarray(rollout.length) - begin_b)[rows]))
-    length = min(-(-longest // options.token_multiple) * options.token_multiple, capacity)
+    length = -(-longest // options.token_multiple) * options.token_multiple
     columns = np.minimum(begin_b[flat, None] + np.arange(length), rollout.tokens.shape[1] - 1)
     positions = targets.positions_of(np.asarray(rollout.sampled)[flat], options.target_multiple)
 

@@ -5,7 +5,7 @@ from echo_jax.model.config import ThinkerConfig
 from echo_jax.text import prompts
 from echo_jax.train import grpo as grpo_lib
 from echo_jax.train import optimizer, rewards
-from launch import train
+from launch import checks
 
 VARIANTS = [
     *((base, arg) for arg in ("tiny", "small", "test")),
@@ -29,7 +29,7 @@ def test_every_value_is_accepted_where_it_is_used(module, arg):
     elif config.stage == "sft":
         assert config.batch_size % config.micro_batches == 0
     else:
-        train.sampling_options(config)
+        checks.check_config(config)
         grpo_lib.GrpoOptions(**config.loss.to_dict())
         grpo_lib.get_advantage(config.advantage)
         assert config.reward.name in rewards.REWARDS
