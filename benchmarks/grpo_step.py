@@ -1,4 +1,4 @@
-"""Where the time of a tiny GRPO step goes: questions, weights to the sampler, answers, rewards, log-probabilities, updates.
+"""Where the time of a tiny GRPO step goes: questions, weights to the sampler, answers, rewards, log-probs, updates.
 
   python -m benchmarks.grpo_step [--variants paper released ...] [--steps 5] [--queries 8] [--group 8]
 
@@ -96,9 +96,7 @@ def write_questions(folder: Path, count: int) -> Path:
 def make_model() -> Model:
     """A model of the tiny preset's sizes that cites by chance."""
     tokenizer = citing_tokenizer()
-    config = ThinkerConfig.preset(
-        "tiny", vocab_size=tokenizer.vocab_size, **tokenizer.config_ids
-    )
+    config = ThinkerConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **tokenizer.config_ids)
     config = dataclasses.replace(
         config, text=dataclasses.replace(config.text, tie_embeddings=False)
     )
@@ -167,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = write_questions(Path(folder), 4 * args.queries)
         for name in args.variants:
-            seconds, copied, count = run_variant(
-                make_config(args, records, VARIANTS[name]), model
-            )
+            seconds, copied, count = run_variant(make_config(args, records, VARIANTS[name]), model)
             moved, total = moved + copied, total + count
             cells = [f"{seconds[f'{part}_s']:.4f}" for part in parts]
             share = 100 * seconds["sync_s"] / seconds["total"]

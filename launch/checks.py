@@ -149,9 +149,7 @@ def reward_options(config: ConfigDict) -> rewards.RewardOptions:
     """
     fields = config.reward.to_dict()
     del fields["name"]
-    return rewards.RewardOptions(
-        **fields, max_response_tokens=config.sampling.max_response_tokens
-    )
+    return rewards.RewardOptions(**fields, max_response_tokens=config.sampling.max_response_tokens)
 
 
 def _check_stage(config: ConfigDict) -> None:

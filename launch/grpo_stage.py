@@ -43,6 +43,7 @@ class Laps:
         self._last = time.monotonic()
 
     def __call__(self, part: str) -> None:
+        """Ends a lap that was of this part."""
         now = time.monotonic()
         self.seconds[f"{part}_s"] += now - self._last
         self._last = now
@@ -151,9 +152,7 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     return updater, run_step
 
 
-def importance(
-    prepared: list[tuple[replay.ReplayBatch, jax.Array | None]], cap: float
-) -> Metrics:
+def importance(prepared: list[tuple[replay.ReplayBatch, jax.Array | None]], cap: float) -> Metrics:
     """The importance weights of a step whose log-probabilities were computed anew."""
     batches = jax.device_get([batch for batch, _ in prepared])
     old, sampler, mask = (

@@ -264,7 +264,9 @@ def policy_loss(
     if options.kl_coefficient and reference_bl is None:
         raise ValueError("kl_coefficient is not 0, so the loss needs reference log-probabilities")
     if options.importance_cap and sampler_logprob_bl is None:
-        raise ValueError("importance_cap is not 0, so the loss needs the sampler's log-probabilities")
+        raise ValueError(
+            "importance_cap is not 0, so the loss needs the sampler's log-probabilities"
+        )
 
     def aggregate(values_bl: jax.Array) -> SumAndDenominator:
         function = AGGREGATIONS[options.aggregation]

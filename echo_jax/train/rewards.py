@@ -90,9 +90,7 @@ class RewardOptions:
     def __post_init__(self) -> None:
         most = ranges.Range(least=0, most=self.max_response_tokens, whole=True)
         ranges.check("config.reward.overlong_buffer", self.overlong_buffer, most)
-        ranges.check(
-            "config.reward.overlong_penalty", self.overlong_penalty, ranges.NOT_NEGATIVE
-        )
+        ranges.check("config.reward.overlong_penalty", self.overlong_penalty, ranges.NOT_NEGATIVE)
 
 
 RewardFunction = Callable[[Response, RewardOptions], dict[str, float]]

@@ -12,10 +12,7 @@ from launch import checks
 VARIANTS = [
     *((base, arg) for arg in ("tiny", "small", "test")),
     *((sft, arg) for arg in ("tiny", "small", "test", "paper", "released")),
-    *(
-        (grpo, arg)
-        for arg in ("tiny", "small", "test", "paper", "released", "drgrpo", "dapo")
-    ),
+    *((grpo, arg) for arg in ("tiny", "small", "test", "paper", "released", "drgrpo", "dapo")),
 ]
 
 

@@ -1,4 +1,4 @@
-"""GRPO runs: dynamic sampling, recomputed log-probabilities, validation, formats; what they leave and how they go on."""
+"""GRPO runs: dynamic sampling, recomputed log-probabilities, validation, formats; what they leave, how they go on."""
 
 from __future__ import annotations
 

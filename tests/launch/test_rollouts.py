@@ -104,7 +104,11 @@ def test_surplus_is_dropped_and_counted():
 
 @pytest.mark.parametrize("max_rounds", [1, 2, 3])
 def test_after_the_last_round_the_first_without_signal_stay(max_rounds):
-    rounds = [answered(0, NONE, NONE, SOME), answered(1, NONE, NONE, NONE), answered(2, NONE, SOME, NONE)]
+    rounds = [
+        answered(0, NONE, NONE, SOME),
+        answered(1, NONE, NONE, NONE),
+        answered(2, NONE, SOME, NONE),
+    ]
     drawn = draw(rounds, max_rounds)
     if max_rounds == 3:
         check(drawn.kept, [0, 2, 21])
