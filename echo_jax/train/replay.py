@@ -286,7 +286,7 @@ def logprobs(
 
 def recomputed(batch: ReplayBatch, old_logprob: jax.Array) -> ReplayBatch:
     """The batch with the trainer's log-probabilities, f32[B, K], for the sampler's, which it keeps beside them."""
-    return batch.replace(old_logprob=old_logprob, sampler_logprob=batch.old_logprob)
+    return dataclasses.replace(batch, old_logprob=old_logprob, sampler_logprob=batch.old_logprob)
 
 
 def replay_loss(
