@@ -59,7 +59,6 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "recomputed": {"old_logprobs": "recomputed", "importance_cap": 2.0},
     "bf16 reference": {"reference.dtype": "bfloat16"},
     "grounded": {"format": "grounded"},
-    "two updates": {"queries_per_minibatch": 4, "queries_per_microbatch": 4},
 }
 WARM_UP = 2
 _SECONDS = 6.0
