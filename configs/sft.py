@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/sft.py:tiny --workdir=DIR --config.data.root=DATA \
         --config.init_from=BASE [--config.optimizer.learning_rate=1e-3]
 
-`echo_7b` holds the paper's values (learning rate, batch, frozen audio tower); `echo_7b_released` those of the released
-script (batch of 64, cosine, weight decay).
+At 7B: `paper` (also called `echo_7b`) holds the paper's values (learning rate, batch, frozen audio tower), `released`
+those of the released script (batch of 64, cosine, weight decay).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from configs import common
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
-    """Config of the SFT stage; `arg` is "tiny", "small", "test", "echo_7b" or "echo_7b_released"."""
+    """Config of the SFT stage; `arg` is "tiny", "small", "test", "paper", "echo_7b" (its other name) or "released"."""
     config = common.stage("sft")
     config.batch_size = 16
     # Questions about one recording that share its audio in one chat; the paper's chats hold one.
@@ -33,8 +33,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         "tiny": _tiny,
         "small": _small,
         "test": _test,
-        "echo_7b": _echo_7b,
-        "echo_7b_released": _echo_7b_released,
+        "paper": _paper,
+        "echo_7b": _paper,
+        "released": _released,
     }
     return common.choose("configs/sft.py", arg, config, variants)
 
@@ -72,7 +73,7 @@ def _test(config: ConfigDict) -> None:
     config.checkpoint.every_steps = 2
 
 
-def _echo_7b(config: ConfigDict) -> None:
+def _paper(config: ConfigDict) -> None:
     config.init_from = "Qwen/Qwen2.5-Omni-7B"
     config.data.clip_seconds = 30.0
     config.data.max_tokens = 2048
@@ -86,8 +87,8 @@ def _echo_7b(config: ConfigDict) -> None:
     config.checkpoint.every_steps = 500
 
 
-def _echo_7b_released(config: ConfigDict) -> None:
-    _echo_7b(config)
+def _released(config: ConfigDict) -> None:
+    _paper(config)
     config.batch_size = 64
     config.micro_batches = 4
     config.total_steps = 75_862 // 64

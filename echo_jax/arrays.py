@@ -171,7 +171,7 @@ def init_params(specs: Any, key: jax.Array) -> Params:
 
 
 def abstract_params(
-    specs: Any, mesh: Mesh | None = None, rules: ShardingRules | None = None
+    specs: Any, mesh: Mesh | AbstractMesh | None = None, rules: ShardingRules | None = None
 ) -> Any:
     """Returns `jax.ShapeDtypeStruct` leaves, with shardings when a mesh and rules are given."""
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 from echo_jax.train.metrics import METRICS_FILE
 
-# What a reader looks for first; other metrics follow in the order of the file.
+# What a reader looks for first, the paper's figure of RL dynamics among it; other metrics follow in the order of the
+# file.
 _FIRST = (
-    "loss", "reward", "total", "correct", "accuracy", "format", "segment", "consistency", "segments",
-    "mean_s", "overlap", "kl",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    *("reward/total", "reward/correct", "reward/format", "reward/accuracy", "reward/segment"),
+    *("reward/consistency", "reward/spread", "reward/overlong"),
+    *("segments", "mean_s", "overlap", "kl", "response_length"),
+    *("validation/accuracy", "validation/format", "validation/segments", "validation/mean_s"),
+    *("validation/overlap", "validation/response_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,5 +54,4 @@ def read(workdirs: Mapping[str, Path]) -> list[Curve]:
 
 
 def _rank(name: str) -> int:
-    last = name.rsplit("/", 1)[-1].lower()
-    return _FIRST.index(last) if last in _FIRST else len(_FIRST)
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from echo_jax.train import sft
 from echo_jax.train.checkpoint import TrainState
-from launch.stage import Model, StepFunction, StepResult, Updater, check_finite
+from launch.stage import Draw, Model, StepFunction, StepResult, Updater, check_finite
 
 
 def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
@@ -26,7 +26,9 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     )
     updater = Updater(config, model, loss_fn, updates_per_step=1)
 
-    def run_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, StepResult]:
+    def run_step(
+        state: TrainState, batch: dict[str, Any], draw: Draw
+    ) -> tuple[TrainState, StepResult]:
         started = time.monotonic()
         micro_batches = sft.stack_micro_batches(batch, config.micro_batches)
         state, metrics = updater(state, micro_batches, state.step)

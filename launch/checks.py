@@ -14,13 +14,17 @@ from echo_jax.model import frontend
 from echo_jax.model.execution import ATTENTION, PLAIN, REMAT_POLICIES, Execution
 from echo_jax.ranges import Range
 from echo_jax.sampler import SamplingOptions
+from echo_jax.text import prompts
 from echo_jax.train import grpo, optimizer, replay, rewards, step
 from launch import inputs
 
 FORMATS = ("conditioned", "grounded", "interleaved")
+OLD_LOGPROBS = ("sampler", "recomputed")
+REFERENCE_DTYPES = ("float32", "bfloat16")
 # The stages, each with a field that only its config files have.
 _OWN_FIELD = {"base": "model_preset", "sft": "questions_per_chat", "grpo": "rollouts_per_query"}
 
+_COUNT_OR_OFF = Range(least=0, whole=True)
 _MOST_SECONDS = frontend.MAX_CLIP_SAMPLES / frontend.SAMPLE_RATE
 # Fields that are no part of another room's options; a stage has some of them.
 _RANGES = {
@@ -57,6 +61,11 @@ _RANGES = {
     "sampling.max_turns": ranges.COUNT,
     "sampling.insertion_slots": ranges.COUNT,
     "sampling.insertion_patience": ranges.COUNT,
+    "dynamic_sampling.max_rounds": _COUNT_OR_OFF,
+    "validation.every_steps": _COUNT_OR_OFF,
+    "validation.limit": _COUNT_OR_OFF,
+    "validation.batch_size": ranges.COUNT,
+    "validation.temperature": ranges.NOT_NEGATIVE,
 }
 
 _NAMES = {
@@ -135,6 +144,30 @@ def replay_options(config: ConfigDict, execution: Execution = PLAIN) -> replay.R
     )
 
 
+def loss_options(config: ConfigDict) -> grpo.GrpoOptions:
+    """The hyperparameters of the GRPO loss.
+
+    Raises:
+        ValueError: a value that it cannot use.
+    """
+    return grpo.GrpoOptions(
+        **config.loss.to_dict(),
+        importance_cap=config.importance_cap,
+        max_response_tokens=config.sampling.max_response_tokens,
+    )
+
+
+def reward_options(config: ConfigDict) -> rewards.RewardOptions:
+    """The choices beyond the reward's name.
+
+    Raises:
+        ValueError: a value that it cannot use.
+    """
+    fields = config.reward.to_dict()
+    del fields["name"]
+    return rewards.RewardOptions(**fields, max_response_tokens=config.sampling.max_response_tokens)
+
+
 def _check_stage(config: ConfigDict) -> None:
     if config.stage not in _OWN_FIELD:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(_OWN_FIELD)}")
@@ -169,6 +202,40 @@ def _check_grpo(config: ConfigDict) -> None:
                 f"config.{name}={config[name]} must divide config.{whole}={config[whole]}"
             )
     replay_options(config)
-    grpo.GrpoOptions(**config.loss.to_dict())
+    for how in FORMATS:
+        prompts.preset(config.prompts[how])
+    loss_options(config)
     grpo.get_advantage(config.advantage)
     rewards.get_reward(config.reward.name)
+    reward_options(config)
+    for name, known in (
+        ("old_logprobs", OLD_LOGPROBS),
+        ("reference.dtype", REFERENCE_DTYPES),
+    ):
+        section, _, field = name.rpartition(".")
+        value = (config[section] if section else config)[field]
+        if value not in known:
+            raise ValueError(f"config.{name}={value!r} must be one of {', '.join(known)}")
+    if config.importance_cap and config.old_logprobs == "sampler":
+        raise ValueError(
+            f"config.importance_cap={config.importance_cap} weighs the trainer's log-probabilities against the "
+            "sampler's; set config.old_logprobs='recomputed', or the cap to 0"
+        )
+    _check_validation(config)
+
+
+def _check_validation(config: ConfigDict) -> None:
+    validation = config.validation
+    if not validation.every_steps:
+        return
+    if validation.every_steps % config.log_every_steps:
+        raise ValueError(
+            f"config.validation.every_steps={validation.every_steps} must be a multiple of config.log_every_steps="
+            f"{config.log_every_steps}, or its figures are not written"
+        )
+    trained_on = (config.data.records, config.data.split)
+    if (validation.records or config.data.records, validation.split) == trained_on:
+        raise ValueError(
+            f"config.validation.split={validation.split!r} is what is trained on; give another split, or other "
+            "questions with config.validation.records"
+        )

@@ -34,14 +34,14 @@ def initialize() -> None:
         ValueError: one of the variables is missing or no number.
     """
     if os.environ.get(_COORDINATOR):
-        numbers = []
+        numbers: list[int] = []
         for name in (_COUNT, _ID):
             if not os.environ.get(name, "").isdigit():
                 raise ValueError(
                     f"{name}={os.environ.get(name)!r} must be a whole number where {_COORDINATOR} is set"
                 )
             numbers.append(int(os.environ[name]))
-        jax.distributed.initialize(os.environ[_COORDINATOR], *numbers)
+        jax.distributed.initialize(os.environ[_COORDINATOR], numbers[0], numbers[1])
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 

@@ -125,11 +125,16 @@ def clip_samples(config: ConfigDict) -> int:
     return -(-samples // pipeline.FRAME_SAMPLES) * pipeline.FRAME_SAMPLES
 
 
-def _store(config: ConfigDict, paths: set[str]) -> AudioStore:
+def audio_store(config: ConfigDict, paths: set[str]) -> AudioStore:
     """One store for all that a run reads: a file is decoded, counted and kept once."""
     # With no usable file at all the endless batches would wait for ever.
     most = min(int(config.data.max_bad_fraction * len(paths)), len(paths) - 1)
     return AudioStore(data_root(config), max_bytes=config.data.cache_bytes, max_bad=most)
+
+
+def prompt_name(config: ConfigDict) -> str:
+    """Wording of the question: in GRPO, that of the format."""
+    return config.prompts[config.format] if config.stage == "grpo" else config.prompt
 
 
 def _listening(
@@ -161,7 +166,7 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
     scenes = load_scenes(config) if config.stage == "base" or repeats else []
     scene_paths = {scene.audio_path for scene in scenes}
     if config.stage == "base":
-        return iter(_listening(config, scenes, _store(config, scene_paths), tokenizer))
+        return iter(_listening(config, scenes, audio_store(config, scene_paths), tokenizer))
     records = load_records(config)
     size = config.batch_size if config.stage == "sft" else config.queries_per_step
     if config.stage == "sft":
@@ -170,12 +175,12 @@ def batches(config: ConfigDict, tokenizer: Tokenizer) -> Iterator[dict[str, Any]
     else:
         _check_size(len(records), size, "records", config)
     common = {
-        "prompt": config.prompt,
+        "prompt": prompt_name(config),
         "batch_size": size,
         "clip_seconds": config.data.clip_seconds,
         "seed": config.seed,
     }
-    store = _store(config, scene_paths | {record.audio_path for record in records})
+    store = audio_store(config, scene_paths | {record.audio_path for record in records})
     if config.stage == "sft":
         dataset = pipeline.sft_dataset(
             records,

@@ -109,7 +109,9 @@ class StepResult:
     ids: list[str]
 
 
-StepFunction = Callable[[TrainState, dict[str, Any]], tuple[TrainState, StepResult]]
+# The next batch of the data iterator, for a stage that needs more than one in a step.
+Draw = Callable[[], dict[str, Any]]
+StepFunction = Callable[[TrainState, dict[str, Any], Draw], tuple[TrainState, StepResult]]
 
 
 class Updater:

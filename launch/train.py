@@ -15,6 +15,7 @@ at the end, export/ (a Hugging Face model directory) and done.json.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -172,7 +173,7 @@ def loop(
             started = time.monotonic()
             batch = next(iterator)
             timings = {"data_s": time.monotonic() - started}
-            state, result = run_step(state, batch)
+            state, result = run_step(state, batch, functools.partial(next, iterator))
             state = dataclasses.replace(state, step=state.step + 1)
             seconds = time.monotonic() - started
             timings |= {

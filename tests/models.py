@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -128,9 +129,16 @@ def citing_tokenizer() -> Tokenizer:
     return Tokenizer.from_qwen_wheel().compact(CITING_TEXTS)
 
 
-def citing_model(tokenizer: Tokenizer) -> tuple[ThinkerConfig, Params]:
-    """Random layers between an embedding and a head that make citations likely, but nothing certain."""
-    config = small_config(tokenizer, 32)
+def citing_model(
+    tokenizer: Tokenizer, config: ThinkerConfig | None = None
+) -> tuple[ThinkerConfig, Params]:
+    """Random layers between an embedding and a head that make citations likely, but nothing certain.
+
+    `config` gives other sizes than those of `small_config`, with a head of its own.
+    """
+    config = config or small_config(tokenizer, 32)
+    # The last norm makes hidden states as long as they are wide.
+    sharpness = math.sqrt(32 / config.text.hidden_size)
     params = arrays.init_params(thinker.param_specs(config), jax.random.key(1))
     language = params["language_model"]
     own = directions(config)
@@ -139,7 +147,7 @@ def citing_model(tokenizer: Tokenizer) -> tuple[ThinkerConfig, Params]:
 
     def follow(chain: list[int], weight: float) -> None:
         for token, following in itertools.pairwise(chain):
-            head[:, following] += own[token] * weight
+            head[:, following] += own[token] * weight * sharpness
 
     def ids(*pieces: str) -> list[int]:
         return single_tokens(tokenizer, pieces)

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 CONFIGS = ("base", "eval", "grpo", "scenes", "sft")
-TABLE = re.compile(r"(<!-- differences: configs/(\w+)\.py -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(<!-- differences: configs/(\w+)\.py:([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def load_config(name: str, *variant: str) -> ConfigDict:
@@ -42,20 +44,23 @@ def fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(name: str) -> str:
-    """The table of the fields in which `tiny` and `echo_7b` of a config file differ."""
-    paper, tiny = (fields(load_config(name, variant)) for variant in ("echo_7b", "tiny"))
-    rows = ["| field | `echo_7b` | `tiny` |", "|---|---|---|"]
-    for field in sorted(paper.keys() | tiny.keys()):
-        values = [f"`{side[field]!r}`" if field in side else "–" for side in (paper, tiny)]
-        if values[0] != values[1]:
+def differences(name: str, variants: list[str]) -> str:
+    """The table of the fields in which some variants of a config file differ."""
+    sides = [fields(load_config(name, variant)) for variant in variants]
+    rows = [f"| field | {' | '.join(f'`{variant}`' for variant in variants)} |"]
+    rows.append("|---" * (len(variants) + 1) + "|")
+    for field in sorted(set().union(*sides)):
+        values = [f"`{side[field]!r}`" if field in side else "–" for side in sides]
+        if len(set(values)) > 1:
             rows.append(f"| `{field}` | {' | '.join(values)} |")
     return "\n".join(rows) + "\n"
 
 
 def with_tables(text: str) -> str:
     """The text with every table as the configs have it."""
-    return TABLE.sub(lambda found: found[1] + differences(found[2]) + found[3], text)
+    return TABLE.sub(
+        lambda found: found[1] + differences(found[2], found[3].split()) + found[4], text
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -102,18 +107,18 @@ def test_links_and_paths_exist(page):
 
 
 def test_tables_of_names_are_complete():
-    data, training, evaluation = (
+    data, grpo, evaluation = (
         (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        for name in ("data", "training", "evaluation")
+        for name in ("data", "grpo", "evaluation")
     )
     kinds = re.search(r"\| kind \| asks \|\n\|---\|---\|\n((?:\|.*\n)+)", data)
     assert kinds is not None
     listed = [cell for row in kinds[1].splitlines() for cell in row.split("|")[1].split(",")]
     assert sorted(cell.strip() for cell in listed) == sorted(KINDS)
     for name in rewards.REWARDS:
-        assert f"`{name}`" in training, name
+        assert f"`{name}`" in grpo, name
     for part in rewards.PARTS:
-        assert f"`reward/{part}`" in training, part
+        assert f"`reward/{part}`" in grpo, part
     for name in controls.CONTROLS:
         assert f"| `{name}` |" in evaluation, name
 

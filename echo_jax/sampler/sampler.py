@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from echo_jax.arrays import Params, ShardingRules, is_spec
 from echo_jax.model import frontend
@@ -40,7 +40,7 @@ class Sampler:
         config: ThinkerConfig,
         tokenizer: Tokenizer,
         options: SamplingOptions,
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
     ):
         """Builds the tables of the vocabulary; nothing is compiled before the first call.

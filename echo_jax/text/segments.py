@@ -19,6 +19,7 @@ import dataclasses
 import enum
 import fractions
 import math
+import re
 from types import ModuleType
 from typing import Any
 
@@ -285,3 +286,36 @@ def parse(text: str, num_samples: int | None = None) -> list[Citation]:
         dataclasses.replace(c, begin=chars(c.begin), end=chars(c.end))
         for c in parse_bytes(data, num_samples)
     ]
+
+
+# Two runs of digits and dots between tags. Possessive, so linear in any text; in bytes \d and \s are ASCII.
+_TWO_TIMES = re.compile(rb"<seg>([\d.]++),\s*+([\d.]++)</seg>")
+_WHOLE_DIGITS = len(str(MAX_SECONDS))
+_FRACTION_DIGITS = len(str(FIRST_WEIGHT))
+
+
+def written_samples(data: bytes) -> np.ndarray:
+    """The times, in samples and as written, of every citation that holds two numbers.
+
+    They are those of `parse_bytes`, in its order, without a step for each byte: what a model wrote may be megabytes
+    long.
+
+    Returns:
+      i64[N, 2], begin and end, neither ordered nor clamped to a recording.
+    """
+    pairs = _TWO_TIMES.findall(data)
+    known = {number: _samples_of(number) for number in {n for pair in pairs for n in pair}}
+    found = [(known[first], known[last]) for first, last in pairs]
+    return np.array([pair for pair in found if None not in pair], np.int64).reshape(-1, 2)
+
+
+def _samples_of(number: bytes) -> int | None:
+    """The sample nearest to a time of digits and dots; None where it is no number."""
+    whole, _, fraction = number.partition(b".")
+    if b"." in fraction or not (whole or fraction):
+        return None
+    whole = whole.lstrip(b"0")
+    saturated = len(whole) > _WHOLE_DIGITS
+    seconds = MAX_SECONDS if saturated else min(int(whole or b"0"), MAX_SECONDS)
+    units = int(fraction[:_FRACTION_DIGITS].ljust(_FRACTION_DIGITS, b"0"))
+    return int(to_samples(seconds, units))

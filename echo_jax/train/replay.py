@@ -100,9 +100,10 @@ class ReplayBatch:
             which predicts the answer's first.
         positions: i32[B, K], indices of the sampled tokens, 0 where there are fewer.
         stop_rest: i32[B, K], the stop event at each of them, -1 for none.
-        old_logprob: f32[B, K], from the sampler.
+        old_logprob: f32[B, K], from the sampler, or computed anew (`recomputed`).
         advantage: f32[B].
         segments: the inserted clips, one entry a buffer length.
+        sampler_logprob: f32[B, K], from the sampler, where `old_logprob` is not; else None.
     """
 
     prompts: Prompts
@@ -112,6 +113,7 @@ class ReplayBatch:
     old_logprob: Any
     advantage: Any
     segments: tuple[SegmentSlots, ...]
+    sampler_logprob: Any = None
 
 
 # -------------------- host: rollout to arrays --------------------
@@ -318,6 +320,11 @@ def logprobs(
     )
 
 
+def recomputed(batch: ReplayBatch, old_logprob: jax.Array) -> ReplayBatch:
+    """The batch with the trainer's log-probabilities, f32[B, K], for the sampler's, which it keeps beside them."""
+    return dataclasses.replace(batch, old_logprob=old_logprob, sampler_logprob=batch.old_logprob)
+
+
 def replay_loss(
     config: ThinkerConfig,
     options: ReplayOptions,
@@ -335,4 +342,5 @@ def replay_loss(
         replayed.advantage,
         replayed.positions > 0,
         loss_options,
+        replayed.sampler_logprob,
     )

@@ -11,12 +11,15 @@ named parts, so that each part can be logged:
 * ``segment``: paid only on top of a positive accuracy, for having cited audio;
 * ``consistency``: -0.1 for each ``</seg>`` after which the model starts anew (upper-case letter or
   ``<``), at least -0.5;
-* ``spread``: 0.5 x (union of cited time / sum of cited time).
+* ``spread``: 0.5 x (union of cited time / sum of cited time), whatever the answer;
+* ``overlong``: what DAPO takes off an answer that comes near its budget; 0 unless asked for.
 
 A citation is paid only when its audio can be inserted: readable times, in order, inside the clip,
 at least 0.2 s long, and, where the rollout says how many clips it inserted, inserted indeed. The
 released code pays any text that looks like a citation; ``RewardOptions(pay_uninsertable=True)`` and
 ``RewardOptions(ordered_tags=False)`` reproduce that.
+
+Every reward is linear in the length of the text, whatever the text holds.
 """
 
 from __future__ import annotations
@@ -26,11 +29,16 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from echo_jax import ranges
 from echo_jax.text import segments
 
 THINK = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")
-PARTS = ("format", "accuracy", "segment", "consistency", "spread")
+PARTS = ("format", "accuracy", "segment", "consistency", "spread", "overlong")
+# Fresh starts beyond these cost nothing more: R_consist is at least -0.5.
+MOST_FRESH_STARTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Response:
         probability: ``c`` of the ids 6, 10, 11 and 12, see `answer_probability`; None where it is
             not known.
         num_inserted: how many clips the rollout inserted; None for a format that inserts nothing.
+        num_tokens: length of the response in tokens, inserted audio included.
     """
 
     text: str
@@ -51,6 +60,7 @@ class Response:
     num_samples: int
     probability: float | None = None
     num_inserted: int | None = None
+    num_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +72,25 @@ class RewardOptions:
             gameable).
         ordered_tags: demand that `</think>` precedes `<answer>` and that no tag is left over; False
             counts pairs only, as released.
+        overlong_buffer: over the last so many tokens of the budget the overlong part falls to
+            -overlong_penalty; 0 turns it off.
+        overlong_penalty: how much that is.
+        max_response_tokens: the budget.
+
+    Raises:
+        ValueError: a number out of its range; the message names the field.
     """
 
     pay_uninsertable: bool = False
     ordered_tags: bool = True
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    max_response_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        most = ranges.Range(least=0, most=self.max_response_tokens, whole=True)
+        ranges.check("config.reward.overlong_buffer", self.overlong_buffer, most)
+        ranges.check("config.reward.overlong_penalty", self.overlong_penalty, ranges.NOT_NEGATIVE)
 
 
 RewardFunction = Callable[[Response, RewardOptions], dict[str, float]]
@@ -153,59 +178,69 @@ def final_answer(text: str, options: RewardOptions = RewardOptions()) -> str | N
     return text[slice(*answer)].strip() if answer else None
 
 
-def _times(citations: Sequence[segments.Citation]) -> list[tuple[float, float]]:
-    """Those that are two numbers."""
-    return [
-        (c.start_s, c.end_s) for c in citations if c.start_s is not None and c.end_s is not None
-    ]
+def cited_spans(response: Response, options: RewardOptions = RewardOptions()) -> np.ndarray:
+    """The spans that are paid for, i64[N, 2] in samples, in the order of the text, ends clamped to
+    the clip.
 
-
-def cited_spans(
-    response: Response, options: RewardOptions = RewardOptions()
-) -> list[tuple[float, float]]:
-    """The (start_s, end_s) that are paid for, in the order of the text, ends clamped to the clip.
-
-    By default those that were, or could be, inserted; a span cited twice counts once. With
-    ``pay_uninsertable`` every pair of numbers counts, as often as it stands there; reversed times
-    then last 0 s rather than less than nothing.
+    By default those that were, or could be, inserted. With ``pay_uninsertable`` every pair of
+    numbers as it is written; reversed times then last 0 s rather than less than nothing.
     """
-    data = response.text.encode("utf-8", errors="replace")
-    citations = segments.parse_bytes(data, response.num_samples)
+    begin, end = segments.written_samples(response.text.encode("utf-8", errors="replace")).T
     if options.pay_uninsertable:
-        return [(start, max(start, end)) for start, end in _times(citations)]
-    valid = _times([c for c in citations if c.valid])
-    if response.num_inserted is not None:
-        valid = valid[: response.num_inserted]
-    duration_s = response.num_samples / segments.SAMPLE_RATE
-    return list(dict.fromkeys((start, min(end, duration_s)) for start, end in valid))
+        return np.stack([begin, np.maximum(begin, end)], axis=-1)
+    begin, end, reason = segments.check_clip(
+        np.full(len(begin), int(segments.Reason.VALID)), begin, end, response.num_samples, np
+    )
+    spans = np.stack([begin, end], axis=-1)[reason == segments.Reason.VALID]
+    return spans[: response.num_inserted]
 
 
-def span_statistics(spans: Sequence[tuple[float, float]]) -> dict[str, float]:
+def count_paid(spans: np.ndarray, options: RewardOptions) -> int:
+    """How many of `cited_spans` the segment part counts: a span that is cited twice counts once,
+    but as often as it is cited with ``pay_uninsertable``, as released."""
+    if options.pay_uninsertable:
+        return len(spans)
+    # Both ends fit in 32 bits: one number a span.
+    return len(np.unique(spans[:, 0] << 32 | spans[:, 1]))
+
+
+def span_statistics(spans: np.ndarray) -> dict[str, float]:
     """Count, total, mean and union duration in seconds, and overlap = 1 - union / total (0 without
-    any cited time)."""
-    total = sum(end - start for start, end in spans)
-    union, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        union += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+    any cited time), of i64[N, 2] in samples. A span that is cited twice is there twice, and
+    overlaps with itself."""
+    begin, end = spans[np.argsort(spans[:, 0], kind="stable")].T
+    total = int((end - begin).sum())
+    # How far the spans before each one reach; before the first there is nothing.
+    reached = np.append(begin[:1], np.maximum.accumulate(end))[: len(end)]
+    union = int(np.maximum(end - np.maximum(begin, reached), 0).sum())
     return {
         "segments": float(len(spans)),
-        "total_s": total,
-        "mean_s": total / len(spans) if spans else 0.0,
-        "union_s": union,
+        "total_s": total / segments.SAMPLE_RATE,
+        "mean_s": total / len(spans) / segments.SAMPLE_RATE if len(spans) else 0.0,
+        "union_s": union / segments.SAMPLE_RATE,
         "overlap": 1.0 - union / total if total > 0 else 0.0,
     }
 
 
-def fresh_starts(text: str) -> int:
-    """How many ``</seg>`` are followed by an upper-case letter or ``<`` (R_consist counts them);
-    the end of the text is neither."""
+def fresh_starts(text: str, most: int = MOST_FRESH_STARTS) -> int:
+    """How many ``</seg>``, up to `most`, are followed by an upper-case letter or ``<`` (R_consist
+    counts them); the end of the text is neither."""
     count, cursor = 0, text.find("</seg>")
-    while cursor >= 0:
+    while cursor >= 0 and count < most:
         follower = text[cursor + len("</seg>") : cursor + len("</seg>") + 1]
         count += follower == "<" or follower.isupper()
         cursor = text.find("</seg>", cursor + 1)
     return count
+
+
+def overlong(num_tokens: int, options: RewardOptions) -> float:
+    """The soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13) times ``overlong_penalty``: 0
+    up to the buffer, then linear, -1 where the budget is used up."""
+    if not options.overlong_buffer:
+        return 0.0
+    free = options.max_response_tokens - options.overlong_buffer
+    beyond = (num_tokens - free) / options.overlong_buffer
+    return -options.overlong_penalty * min(max(beyond, 0.0), 1.0)
 
 
 def _accuracy(rule: RewardRule, right: bool, probability: float | None) -> float:
@@ -239,12 +274,13 @@ def score(rule: RewardRule, response: Response, options: RewardOptions) -> dict[
         parts["format"] = 0.5
         parts["accuracy"] = _accuracy(rule, right, response.probability)
     if rule.segments_for_full and parts["accuracy"] > 0:
-        share = min(len(spans), rule.segments_for_full) / rule.segments_for_full
-        parts["segment"] = parts["accuracy"] * share
+        paid = min(count_paid(spans, options), rule.segments_for_full)
+        parts["segment"] = parts["accuracy"] * paid / rule.segments_for_full
     if rule.consistency:
-        parts["consistency"] = -0.1 * min(fresh_starts(response.text), 5)
+        parts["consistency"] = -0.1 * fresh_starts(response.text)
     if rule.spread and statistics["total_s"] > 0:
         parts["spread"] = 0.5 * statistics["union_s"] / statistics["total_s"]
+    parts["overlong"] = overlong(response.num_tokens, options)
     return {"total": sum(parts.values()), **parts, "correct": float(right), **statistics}
 
 

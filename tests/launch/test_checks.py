@@ -11,8 +11,8 @@ from launch import checks
 
 VARIANTS = [
     *((base, arg) for arg in ("tiny", "small", "test")),
-    *((sft, arg) for arg in ("tiny", "small", "test", "echo_7b", "echo_7b_released")),
-    *((grpo, arg) for arg in ("tiny", "small", "test", "echo_7b", "echo_7b_released")),
+    *((sft, arg) for arg in ("tiny", "small", "test", "paper", "released")),
+    *((grpo, arg) for arg in ("tiny", "small", "test", "paper", "released", "drgrpo", "dapo")),
 ]
 
 
@@ -182,6 +182,43 @@ def test_chat_fields_that_mean_nothing_are_named(change, message):
         ({"loss.kl_kind": "k9"}, "unknown kl_kind 'k9'"),
         ({"reward.name": "7"}, "unknown reward '7'"),
         ({"advantage": "gae"}, "unknown advantage 'gae'"),
+        ({"prompts.conditioned": "x"}, "unknown prompt preset 'x'"),
+        (
+            {"old_logprobs": "trainer"},
+            "config.old_logprobs='trainer' must be one of sampler, recomputed",
+        ),
+        ({"importance_cap": 2.0}, "set config.old_logprobs='recomputed', or the cap to 0"),
+        (
+            {"importance_cap": -1.0, "old_logprobs": "recomputed"},
+            "config.importance_cap=-1.0 must be a finite number, at least 0",
+        ),
+        (
+            {"reference.dtype": "float16"},
+            "config.reference.dtype='float16' must be one of float32, bfloat16",
+        ),
+        ({"loss.aggregation": "sum"}, "unknown aggregation 'sum'; known: constant_length"),
+        (
+            {"reward.overlong_buffer": 49},
+            "config.reward.overlong_buffer=49 must be a whole number in [0, 48]",
+        ),
+        (
+            {"dynamic_sampling.max_rounds": -1},
+            "config.dynamic_sampling.max_rounds=-1 must be a whole number, at least 0",
+        ),
+        (
+            {"validation.every_steps": -1},
+            "config.validation.every_steps=-1 must be a whole number, at least 0",
+        ),
+        ({"validation.batch_size": 0}, "config.validation.batch_size=0 must be a whole number"),
+        ({"validation.temperature": -1.0}, "config.validation.temperature=-1.0 must be a finite"),
+        (
+            {"validation.every_steps": 3, "log_every_steps": 2},
+            "config.validation.every_steps=3 must be a multiple of config.log_every_steps=2",
+        ),
+        (
+            {"validation.every_steps": 1, "validation.split": "train"},
+            "config.validation.split='train' is what is trained on",
+        ),
     ],
 )
 def test_grpo_fields_that_mean_nothing_are_named(change, message):

@@ -20,7 +20,7 @@ from data.records import EaqaRecord
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
-from launch import grpo_stage, stage, train
+from launch import rollouts, stage, train
 from tests.models import citing_model, citing_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,10 +372,11 @@ def test_rollouts_are_scored_by_their_sampled_text(how, name, totals):
     config.rollouts_per_query = 2
     config.format = how
     config.reward.name = name
-    batch = {"records": [record(0), record(1)], "num_samples": np.array([48_000, 48_000])}
-    scores = grpo_stage.score_rollout(config, tokenizer, rollout, batch)
+    scorer = rollouts.Scorer.from_config(config, tokenizer)
+    scores = scorer(rollout, [record(0), record(1)], np.array([48_000, 48_000]))
     assert [score["total"] for score in scores] == pytest.approx(totals)
-    metrics = grpo_stage.rollout_metrics(scores, rollout, 2)
+    drawn = rollouts.Drawn(None, [], rollout, scores, {})
+    metrics = rollouts.step_metrics(drawn, 2)
     assert metrics["reward/total"] == pytest.approx(np.mean(totals))
     assert metrics["reward/correct"] == 0.5
     assert metrics["insertions"] == 0.5

@@ -225,6 +225,34 @@ def test_device_and_host_equal_the_regular_expression_100k(
 # ----------------------------------------------------------------------------------------------------- host
 
 
+def test_written_samples_are_those_of_the_automaton() -> None:
+    rng = random.Random(7)
+    long = (
+        b"0" * 40 + b"1.5",
+        b"0" * 9,
+        b"000100000.25",
+        b"99999.99999999",
+        b"0.",
+        b"." + b"3" * 30,
+    )
+    found = 0
+    for _ in range(20_000):
+        data = random_bytes(rng)
+        if rng.randrange(4) == 0:
+            data += b"<seg>%b,\t %b</seg>" % (rng.choice(long), rng.choice(long))
+        want = [
+            [round(c.start_s * 16_000), round(c.end_s * 16_000)]
+            for c in segments.parse_bytes(data)
+            if c.start_s is not None and c.end_s is not None
+        ]
+        got = segments.written_samples(data)
+        assert got.dtype == np.int64
+        assert got.shape == (len(want), 2)
+        assert got.tolist() == want, data
+        found += len(want)
+    assert found > 10_000
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -7,7 +7,21 @@ from echo_jax.train import grpo
 
 
 def released_loss(
-    logprob, old, reference, advantage, mask, *, low, high, dual, beta, kl_kind, aggregation
+    logprob,
+    old,
+    reference,
+    advantage,
+    mask,
+    *,
+    low,
+    high,
+    dual,
+    beta,
+    kl_kind,
+    aggregation,
+    budget=0,
+    sampler=None,
+    cap=0.0,
 ) -> float:
     """The released formulas, token by token in float64."""
     rows = []
@@ -21,13 +35,19 @@ def released_loss(
             loss = max(-a * ratio, -a * min(max(ratio, 1 - low), 1 + high))
             if dual and a < 0:
                 loss = min(loss, -a * dual)
+            if cap:
+                loss *= min(np.exp(old[b, t] - sampler[b, t]), cap)
             d = reference[b, t] - logprob[b, t]
-            kl = {"k1": -d, "k2": d * d / 2, "k3": min(max(np.exp(d) - d - 1, -10), 10)}[kl_kind]
-            row.append(loss + beta * kl)
+            k3 = np.exp(d) - d - 1
+            kl = {"k1": -d, "k2": d * d / 2, "k3": k3, "low_variance": min(max(k3, -10), 10)}
+            row.append(loss + beta * kl[kl_kind])
         rows.append(row)
-    if aggregation == "sequence_mean":
-        return float(np.mean([np.mean(row) for row in rows if row]))
-    return float(np.mean([value for row in rows for value in row]))
+    tokens = [value for row in rows for value in row]
+    return {
+        "sequence_mean": float(np.mean([np.mean(row) for row in rows if row])),
+        "token_mean": float(np.mean(tokens)),
+        "constant_length": sum(tokens) / (budget * sum(map(bool, rows))) if budget else 0.0,
+    }[aggregation]
 
 
 def random_case(seed: int, rows: int = 6, length: int = 11):
@@ -66,14 +86,58 @@ def test_advantage_needs_a_group():
 @pytest.mark.parametrize("aggregation", sorted(grpo.AGGREGATIONS))
 @pytest.mark.parametrize("kl_kind", sorted(grpo.KL_ESTIMATORS))
 @pytest.mark.parametrize("dual", [0.0, 3.0, 1.2])
-def test_loss_equals_released_formulas(aggregation, kl_kind, dual):
+@pytest.mark.parametrize("cap", [0.0, 1.1])
+def test_loss_equals_released_formulas(aggregation, kl_kind, dual, cap):
     case = random_case(seed=len(aggregation) + len(kl_kind) + int(10 * dual))
-    options = grpo.GrpoOptions(0.2, 0.3, dual, 0.04, kl_kind, aggregation)
-    total, denominator = grpo.policy_loss(*as_f32(*case), options)["loss"]
+    sampler = case[1] + np.random.default_rng(1).normal(0, 0.3, case[1].shape)
+    options = grpo.GrpoOptions(0.2, 0.3, dual, 0.04, kl_kind, aggregation, cap, 40)
+    result = grpo.policy_loss(*as_f32(*case), options, *(as_f32(sampler) if cap else ()))
     want = released_loss(
-        *case, low=0.2, high=0.3, dual=dual, beta=0.04, kl_kind=kl_kind, aggregation=aggregation
+        *case,
+        low=0.2,
+        high=0.3,
+        dual=dual,
+        beta=0.04,
+        kl_kind=kl_kind,
+        aggregation=aggregation,
+        budget=40,
+        sampler=sampler,
+        cap=cap,
     )
+    total, denominator = result["loss"]
     np.testing.assert_allclose(total / denominator, want, rtol=2e-5)
+
+
+# k1 is logprob - reference; in the others the slope at the bounds of +-20 and 10 is cut.
+@pytest.mark.parametrize("aggregation", sorted(grpo.AGGREGATIONS))
+@pytest.mark.parametrize("kl_kind", sorted(grpo.KL_ESTIMATORS))
+def test_gradient_equals_finite_differences(aggregation, kl_kind):
+    case = random_case(seed=11)
+    sampler = case[1] + 0.2
+    rules = {"low": 0.2, "high": 0.28, "dual": 2.0, "beta": 0.1, "cap": 1.15, "sampler": sampler}
+    options = grpo.GrpoOptions(0.2, 0.28, 2.0, 0.1, kl_kind, aggregation, 1.15, 40)
+
+    def loss(logprob):
+        rest = as_f32(*case[1:])
+        total, denominator = grpo.policy_loss(logprob, *rest, options, *as_f32(sampler))["loss"]
+        return total / denominator
+
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(case[0], jnp.float32)))
+    step = 1e-6
+    for b, t in np.ndindex(case[0].shape):
+        around = []
+        for sign in (1, -1):
+            moved = case[0].copy()
+            moved[b, t] += sign * step
+            around.append(
+                released_loss(
+                    moved, *case[1:], kl_kind=kl_kind, aggregation=aggregation, budget=40, **rules
+                )
+            )
+        slope = (around[0] - around[1]) / (2 * step)
+        np.testing.assert_allclose(gradient[b, t], slope, rtol=2e-4, atol=1e-6)
+    assert (gradient[~case[4]] == 0).all()
+    assert (gradient[case[4]] != 0).mean() > 0.5
 
 
 def test_loss_by_hand():
@@ -102,20 +166,116 @@ def test_loss_by_hand():
     assert "kl" not in result
 
 
-def test_k3_is_clamped_and_its_gradient_finite():
-    value = grpo.kl_k3(jnp.array([0.0, -50.0, 0.0]), jnp.array([0.0, 0.0, -1e4]))
-    np.testing.assert_allclose(value, [0.0, 10.0, 10.0])
-    gradient = jax.grad(lambda x: grpo.kl_k3(x, jnp.array(0.0)))(jnp.array(-500.0))
-    assert gradient == 0.0
-    np.testing.assert_allclose(
-        grpo.kl_k3(jnp.array(-1.0), jnp.array(-2.0)), np.exp(-1) + 1 - 1, rtol=1e-6
+def two_tokens(log_ratio: float, advantage: float, **options: float) -> dict[str, float]:
+    """Means over one answer of two tokens, of which the second was as likely as before."""
+    logprob, old = jnp.array([[log_ratio, -1.0]]), jnp.array([[0.0, -1.0]])
+    result = grpo.policy_loss(
+        logprob,
+        old,
+        None,
+        jnp.array([advantage]),
+        jnp.ones((1, 2)),
+        grpo.GrpoOptions(kl_coefficient=0.0, **options),
     )
+    return {name: float(total / count) for name, (total, count) in result.items()}
+
+
+def test_clip_higher_by_hand():
+    # Ratio 1.25, A = 2: clipped to 1.2, or not at all with 1.28; the second token gives 2.
+    assert two_tokens(np.log(1.25), 2.0)["loss"] == pytest.approx(-(2.4 + 2.0) / 2)
+    higher = two_tokens(np.log(1.25), 2.0, clip_high=0.28)
+    assert higher["loss"] == pytest.approx(-(2.5 + 2.0) / 2)
+    assert higher["clipped"] == 0.0
+    # Ratio 0.75, A = -2: the lower bound is 0.8 as before, min(-1.5, -1.6).
+    lower = two_tokens(np.log(0.75), -2.0, clip_high=0.28)
+    assert lower["loss"] == pytest.approx((1.6 + 2.0) / 2)
+    assert lower["clipped"] == 0.5
+
+
+def test_dual_clip_by_hand():
+    # Ratio 5, A = -2: min(-10, -2.4) = -10, bounded at 3 x -2; the second token gives -2.
+    assert two_tokens(np.log(5.0), -2.0)["loss"] == pytest.approx((10.0 + 2.0) / 2)
+    dual = two_tokens(np.log(5.0), -2.0, dual_clip=3.0)
+    assert dual["loss"] == pytest.approx((6.0 + 2.0) / 2)
+    assert dual["dual_clipped"] == 0.5
+    # A positive advantage is left alone.
+    positive = two_tokens(np.log(5.0), 2.0, dual_clip=3.0)
+    assert positive["loss"] == pytest.approx(-(2.4 + 2.0) / 2)
+    assert positive["dual_clipped"] == 0.0
+
+
+def test_importance_weights_by_hand():
+    # The trainer gives 0.5 and 0.25 where the sampler drew with 0.25 and 0.5: weights 2, cut to 1.5, and 0.5.
+    logprob = np.log([[0.5, 0.25]])
+    sampler = np.log([[0.25, 0.5]])
+    case = as_f32(logprob, logprob, np.zeros((1, 2)), np.array([1.0]), np.ones((1, 2)))
+    options = grpo.GrpoOptions(kl_coefficient=0.5, kl_kind="k1", importance_cap=1.5)
+    result = grpo.policy_loss(*case, options, *as_f32(sampler))
+    np.testing.assert_allclose(result["policy"][0], -(1.5 + 0.5) / 2, rtol=1e-6)
+    # The KL is not weighed: (log 0.5 + log 0.25) / 2.
+    kl = (np.log(0.5) + np.log(0.25)) / 2
+    np.testing.assert_allclose(result["kl"][0], kl, rtol=1e-6)
+    np.testing.assert_allclose(result["loss"][0], -1.0 + 0.5 * kl, rtol=1e-6)
+    np.testing.assert_allclose(result["ratio"][0], 2.0)
+    np.testing.assert_allclose(result["logprob_gap"][0], 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(result["logprob_bias"][0], 0.0, atol=1e-6)
+    found = grpo.importance_metrics(logprob, sampler, np.array([[True, True]]), 1.5)
+    assert found["importance_mean"] == pytest.approx(1.25)
+    assert found["importance_max"] == pytest.approx(2.0)
+    assert found["importance_truncated"] == 0.5
+    one = grpo.importance_metrics(logprob, sampler, np.array([[False, True]]), 0.0)
+    assert one == pytest.approx(
+        {"importance_mean": 0.5, "importance_max": 0.5, "importance_truncated": 0.0}
+    )
+
+
+def test_recomputed_without_a_cap_changes_the_log_only():
+    case = as_f32(*random_case(9))
+    sampler = case[1] - 0.25
+    plain = grpo.policy_loss(*case, grpo.GrpoOptions())
+    told = grpo.policy_loss(*case, grpo.GrpoOptions(), sampler)
+    assert plain["loss"] == told["loss"]
+    difference = (plain["logprob_bias"][0] - told["logprob_bias"][0]) / plain["logprob_bias"][1]
+    np.testing.assert_allclose(difference, 0.25, rtol=1e-5)
+
+
+def test_constant_length_by_hand():
+    # Tokens 1 and 2 of two answers, a third without any: (1 + 2 + 4) / (2 answers x 10).
+    values = jnp.array([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert grpo.constant_length(values, mask, 10) == (7.0, 20.0)
+    assert grpo.token_mean(values, mask, 10) == (7.0, 3.0)
+    assert grpo.sequence_mean(values, mask, 10) == (5.5, 2.0)
+
+
+def test_kl_estimators_by_hand():
+    # p = 0.5, p_ref = 0.25: log p - log p_ref = log 2, r = 0.5.
+    logprob, reference = jnp.log(0.5), jnp.log(0.25)
+    want = {
+        "k1": np.log(2),
+        "k2": np.log(2) ** 2 / 2,
+        "k3": 0.5 + np.log(2) - 1,
+        "low_variance": 0.5 + np.log(2) - 1,
+    }
+    assert set(want) == set(grpo.KL_ESTIMATORS)
+    for name, value in want.items():
+        np.testing.assert_allclose(grpo.KL_ESTIMATORS[name](logprob, reference), value, rtol=1e-6)
+
+
+def test_low_variance_is_clamped_and_its_gradient_finite():
+    logprob, reference = jnp.array([0.0, -50.0, 0.0]), jnp.array([0.0, 0.0, -1e4])
+    np.testing.assert_allclose(grpo.kl_low_variance(logprob, reference), [0.0, 10.0, 10.0])
+    np.testing.assert_allclose(
+        grpo.kl_k3(logprob, reference), [0.0, np.exp(20) - 21, 19.0], rtol=1e-6
+    )
+    for estimator in (grpo.kl_k3, grpo.kl_low_variance):
+        assert jax.grad(estimator)(jnp.array(-500.0), jnp.array(0.0)) == 0.0
 
 
 def test_micro_batches_add_up_exactly():
     case = as_f32(*random_case(3, rows=8))
     for aggregation in grpo.AGGREGATIONS:
-        options = grpo.GrpoOptions(aggregation=aggregation)
+        options = grpo.GrpoOptions(aggregation=aggregation, max_response_tokens=64)
         whole = grpo.policy_loss(*case, options)["loss"]
         parts = [
             grpo.policy_loss(*(a[i : i + 2] for a in case), options)["loss"] for i in range(0, 8, 2)
@@ -198,12 +358,22 @@ def test_a_dual_clip_inside_the_clip_is_named():
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(ValueError, match="unknown kl_kind 'k4'; known: k1, k2, k3"):
+    with pytest.raises(ValueError, match="unknown kl_kind 'k4'; known: k1, k2, k3, low_variance"):
         grpo.GrpoOptions(kl_kind="k4")
     with pytest.raises(ValueError, match="unknown aggregation"):
         grpo.GrpoOptions(aggregation="mean")
     with pytest.raises(ValueError, match="unknown advantage"):
         grpo.get_advantage("gae")
     x = jnp.zeros((1, 2))
+    with pytest.raises(ValueError, match="sampler's log-probabilities"):
+        grpo.policy_loss(
+            x, x, x, jnp.zeros(1), jnp.ones((1, 2)), grpo.GrpoOptions(importance_cap=2.0)
+        )
+    with pytest.raises(
+        ValueError, match="max_response_tokens=0 must be a whole number, at least 1"
+    ):
+        grpo.GrpoOptions(aggregation="constant_length")
+    with pytest.raises(ValueError, match=r"config\.importance_cap=-1\.0 must be"):
+        grpo.GrpoOptions(importance_cap=-1.0)
     with pytest.raises(ValueError, match="reference"):
         grpo.policy_loss(x, x, None, jnp.zeros(1), jnp.ones((1, 2)), grpo.GrpoOptions())

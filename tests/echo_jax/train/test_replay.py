@@ -89,15 +89,30 @@ def test_inserted_audio_is_outside_and_the_end_inside(rollout, prompts, tokenize
     assert (kept == tokenizer.im_end_id).sum() == ended.sum()
 
 
-def test_accumulated_update_equals_the_whole(model, vocabulary, rollout, prompts):
+LOSSES = {
+    "paper": {},
+    "token_mean": {"aggregation": "token_mean", "dual_clip": 3.0, "kl_kind": "low_variance"},
+    "constant_length": {"aggregation": "constant_length", "importance_cap": 1.02},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "paper" else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES],
+)
+def test_accumulated_update_equals_the_whole(name, model, vocabulary, rollout, prompts):
     config, params = model
-    loss_options = grpo.GrpoOptions()
+    loss_options = grpo.GrpoOptions(**LOSSES[name], max_response_tokens=144)
     loss_fn = functools.partial(replay.replay_loss, config, OPTIONS, vocabulary, loss_options)
     optimizer = optax.sgd(1.0)
     update = jax.jit(step.make_update(loss_fn, optimizer))
     results = []
     for micro_batches in (1, 3):
         batch = stacked(rollout, prompts, micro_batches)
+        if loss_options.importance_cap:
+            # As if the trainer had found every other token a little likelier than the sampler.
+            shift = 0.05 * (np.arange(batch.old_logprob.shape[-1]) % 2)
+            batch = replay.recomputed(batch, batch.old_logprob + shift)
         reference = jnp.asarray(batch.old_logprob) - 0.3
         new, _, metrics = update(
             params, _nothing(params), optimizer.init(params), (batch, reference)
@@ -108,6 +123,29 @@ def test_accumulated_update_equals_the_whole(model, vocabulary, rollout, prompts
     )
     np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-4)
     assert results[0][1]["logprob_gap"] < 2e-5
+    assert (results[0][1]["ratio"] < 0.99) == bool(loss_options.importance_cap)
+
+
+def test_denominators_count_what_was_sampled(rollout, prompts, tokenizer):
+    """Inserted audio is in none of them, a sampled end is in all."""
+    ends = ((rollout.tokens == tokenizer.im_end_id) & rollout.sampled).sum()
+    assert 0 < ends < len(rollout.tokens)
+    inserted = (rollout.length - rollout.prompt_length - rollout.sampled.sum(-1)).sum()
+    assert inserted > 4 * 5
+    batch = jax.tree.map(lambda x: x[0], stacked(rollout, prompts))
+    for aggregation, denominator in (
+        ("sequence_mean", 6),
+        ("token_mean", rollout.sampled.sum()),
+        ("constant_length", 6 * 144),
+    ):
+        options = grpo.GrpoOptions(aggregation=aggregation, max_response_tokens=144)
+        logprob = jnp.asarray(batch.old_logprob)
+        found = grpo.policy_loss(
+            logprob, logprob, logprob, batch.advantage, batch.positions > 0, options
+        )
+        for term in ("loss", "policy", "kl"):
+            assert found[term][1] == denominator
+        assert found["ratio"][1] == rollout.sampled.sum()
 
 
 def _nothing(params):

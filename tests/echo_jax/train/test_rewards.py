@@ -1,4 +1,6 @@
+import dataclasses
 import math
+import random
 import re
 import time
 
@@ -53,11 +55,12 @@ def test_by_hand(name):
 
 def released_score(name: str, solution: str, truth: str, c: float) -> float:
     """The released formulas, with the text rules as regular expressions."""
-    spans = re.findall(r"<seg>([\d\.]+,\s*[\d\.]+)</seg>(.?)", solution)
-    times = sorted(tuple(map(float, pair.replace(" ", "").split(","))) for pair, _ in spans)
-    inconsistent = sum(
-        1 for _, follower in spans if follower and (follower.isupper() or follower == "<")
-    )
+    spans = re.findall(r"<seg>([\d\.]+,\s*[\d\.]+)</seg>", solution)
+    times = sorted(tuple(map(float, pair.split(","))) for pair in spans)
+    # Released, a reversed span counts less than nothing; here it lasts 0 s.
+    times = [(start, max(start, end)) for start, end in times]
+    followers = re.findall(r"</seg>(?=(.))", solution, re.DOTALL)
+    inconsistent = sum(follower.isupper() or follower == "<" for follower in followers)
     summed = sum(e - s for s, e in times)
     union, reached = 0.0, -math.inf
     for s, e in times:
@@ -108,11 +111,50 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(set(BY_HAND) - {"paper"}))
+RELEASED_NAMES = sorted(set(BY_HAND) - {"paper"})
+
+
+@pytest.mark.parametrize("name", RELEASED_NAMES)
 @pytest.mark.parametrize("index", range(len(TEXTS)))
 def test_released_options_equal_released_formulas(name, index):
     got = total(name, TEXTS[index], 0.3, RELEASED)
     assert got == pytest.approx(released_score(name, TEXTS[index], "a bell", 0.3))
+
+
+def random_text(rng: random.Random) -> str:
+    pieces = []
+    for _ in range(rng.randrange(6)):
+        start, end = (rng.randrange(120) / 10 for _ in range(2))
+        pieces += [
+            rng.choice(["First", "then", "", "\n"]),
+            f"<seg>{start}, {end}</seg>",
+            rng.choice([" a bell", "A bell", "<seg>", "</seg>", "\n", "Ä", ", and"]),
+        ]
+    answer = rng.choice(["a bell", " a bell\n", "a buzz", "A bell", ""])
+    tags = [
+        rng.choice(["<think>"] * 6 + ["", "<think><think>"]),
+        *pieces,
+        rng.choice(["</think>"] * 6 + ["", "</think><think>x</think>"]),
+        rng.choice(["<answer>"] * 6 + ["", "<think>"]),
+        answer,
+        rng.choice(["</answer>"] * 6 + ["", "</answer><answer>a bell</answer>"]),
+    ]
+    return "".join(tags)
+
+
+@pytest.mark.parametrize("name", RELEASED_NAMES)
+def test_released_formulas_on_random_texts(name):
+    rng = random.Random(sum(map(ord, name)))
+    totals = set()
+    for _ in range(3000):
+        solution, c = random_text(rng), rng.random()
+        want = released_score(name, solution, "a bell", c)
+        assert total(name, solution, c, RELEASED) == pytest.approx(want, abs=1e-9), solution
+        # What is stricter never pays more; the spread is of other spans.
+        if name not in ("11", "12"):
+            assert total(name, solution, c) <= want + 1e-9, solution
+        totals.add(round(want, 6))
+    assert len(totals) > 2
 
 
 def test_parts_add_up_and_statistics_are_there():
@@ -160,9 +202,13 @@ def test_released_option_pays_reversed_times_but_not_the_default():
     assert total("paper", text("4.0, 2.0"), options=RELEASED) == pytest.approx(1.5)
 
 
-def test_repeated_spans_count_once_and_ends_are_clamped():
+def test_repeated_spans_are_paid_once_and_ends_are_clamped():
     scored = rewards.get_reward("12")(response(text("8.0, 99.0", "8.0, 99.0")), DEFAULT)
-    assert (scored["segments"], scored["total_s"]) == (1, 2.0)
+    assert scored["segment"] == pytest.approx(scored["accuracy"] / 3)
+    # Both were heard: 4 s in all, of which 2 s are different, so half is overlap and spread pays half.
+    assert (scored["segments"], scored["total_s"], scored["union_s"]) == (2, 4.0, 2.0)
+    assert scored["overlap"] == 0.5
+    assert scored["spread"] == 0.25
 
 
 def test_only_inserted_spans_count_where_the_rollout_says_how_many():
@@ -190,17 +236,51 @@ def test_hostile_strings_do_not_pay(name, hostile):
     rewards.get_reward(name)(response(hostile), RELEASED)
 
 
+HUGE = 10_000_000
+# CPU seconds for 10 MB, some times what they take: what is quadratic takes hours.
+MOST_SECONDS = 3.0
+
+
+def cpu_seconds(name: str, huge: str, options: RewardOptions) -> float:
+    started = time.process_time()  # not the clock: others may need the machine too
+    assert rewards.get_reward(name)(response(huge), options)["total"] <= 0.5
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize("options", [DEFAULT, RELEASED], ids=["default", "released"])
 @pytest.mark.parametrize(
     "piece",
-    ["<think>", "<answer>", "<seg>", "</seg>A", "<seg>1.2.3, ", "<seg>1, 2</seg>", "1", "é", "<"],
+    [
+        "<think>",
+        "<answer>",
+        "<answer></answer>",
+        "<seg>",
+        "</seg>",
+        "</seg>A",
+        "<seg>1.2.3, ",
+        "<seg>1, 2</seg>",
+        "<seg>3, 2</seg>",
+        "1",
+        "é",
+        "<",
+        "\x00",
+    ],
 )
-def test_megabytes_take_linear_time(piece):
-    megabytes = 10 if piece in ("<seg>", "<answer>") else 1
-    huge = piece * (megabytes * 1_000_000 // len(piece))
-    started = time.process_time()  # not the clock: others may need the machine too
+def test_megabytes_take_linear_time(piece, options):
+    assert cpu_seconds("12", piece * (HUGE // len(piece)), options) < MOST_SECONDS
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_megabytes_in_every_reward(name):
+    huge = "<think>" * 2 + "<seg>1.2.3, 4</seg>A" * (HUGE // 20) + "</think><answer>a bell</answer>"
+    assert cpu_seconds(name, huge, DEFAULT) < MOST_SECONDS
+
+
+@pytest.mark.parametrize("inside", ["0", "9", ".", "1.", ", ", "1 "])
+def test_megabytes_inside_of_one_tag(inside):
+    huge = f"<seg>{inside * (HUGE // len(inside))}, 2</seg>"
     for options in (DEFAULT, RELEASED):
-        assert rewards.get_reward("12")(response(huge), options)["total"] <= 0.5
-    assert time.process_time() - started < 20 * megabytes
+        assert cpu_seconds("12", huge, options) < MOST_SECONDS
 
 
 def test_overlong_numbers_do_not_crash():
@@ -208,6 +288,33 @@ def test_overlong_numbers_do_not_crash():
     for citation in (f"0, {digits}", f"{digits}, {digits}9", f"0.{digits}, 1.{digits}"):
         for options in (DEFAULT, RELEASED):
             assert math.isfinite(total("12", text(citation), options=options))
+
+
+def test_overlong_answers_pay_linearly():
+    options = RewardOptions(overlong_buffer=40, overlong_penalty=0.5, max_response_tokens=100)
+    # 60 tokens are free; then 1 / 80 each, up to 0.5 at 100.
+    for num_tokens, penalty in ((0, 0.0), (60, 0.0), (61, -0.0125), (80, -0.25), (100, -0.5)):
+        answer = dataclasses.replace(response(RIGHT), num_tokens=num_tokens)
+        scored = rewards.get_reward("paper")(answer, options)
+        assert scored["overlong"] == pytest.approx(penalty)
+        assert scored["total"] == pytest.approx(1.5 + penalty)
+        assert rewards.get_reward("paper")(answer, DEFAULT)["total"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"overlong_buffer": 101},
+            "config.reward.overlong_buffer=101 must be a whole number in [0, 100]",
+        ),
+        ({"overlong_buffer": -1}, "config.reward.overlong_buffer=-1 must be a whole number"),
+        ({"overlong_penalty": -1.0}, "config.reward.overlong_penalty=-1.0 must be a finite number"),
+    ],
+)
+def test_options_that_mean_nothing_are_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RewardOptions(max_response_tokens=100, **change)
 
 
 def test_missing_probability_is_an_error_of_the_caller():
