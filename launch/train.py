@@ -61,9 +61,10 @@ SHOWN = {
 def load_model(config: ConfigDict) -> Model:
     """The model a stage starts from (3. above)."""
     if config.init_from:
-        directory = huggingface.resolve(config.init_from)
-        thinker_config, params = huggingface.load_pretrained(directory)
-        return Model(thinker_config, params, Tokenizer.from_directory(directory))
+        found = huggingface.find(config.init_from)
+        config.init_from = found.name  # names the commit of a repository from here on
+        thinker_config, params = huggingface.load_pretrained(found.directory)
+        return Model(thinker_config, params, Tokenizer.from_directory(found.directory))
     if config.stage != "base":
         raise ValueError(
             f"config.init_from is empty; give the {config.stage} stage a model directory or the workdir of a "
@@ -91,6 +92,7 @@ STAGES: dict[str, Callable[[ConfigDict, Model], tuple[Updater, StepFunction]]] =
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the stage to its end."""
     check_config(config)
+    runs.keep_commit(config, workdir)
     if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
         return
@@ -105,9 +107,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
     print("exporting the model")
-    huggingface.save_pretrained(
-        workdir / "export", model.config, jax.device_get(state.params), model.tokenizer
-    )
+    huggingface.save_pretrained(workdir / "export", model.config, state.params, model.tokenizer)
     runs.write_done(config, workdir, state.step)
     print(f"finished {state.step} steps; the model is {workdir / 'export'}")
 
