@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="so many layers instead of the preset's")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument(
-        "--folder", type=Path, help="where the checkpoints go; removed afterwards, by default in the system's"
+        "--folder",
+        type=Path,
+        help="where the checkpoints go; removed afterwards, by default in the system's",
     )
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)

@@ -41,8 +41,8 @@ __all__ = [
     "Found",
     "SavableTokenizer",
     "find",
-    "load_pretrained",
     "is_pinned",
+    "load_pretrained",
     "resolve",
     "save_pretrained",
 ]
@@ -290,9 +290,7 @@ def _plan_shards(
     return [sorted(shard, key=width, reverse=True) for shard in shards]
 
 
-def _on_host(
-    shard: Sequence[Tensor], params: Params
-) -> Iterator[tuple[Tensor, np.ndarray]]:
+def _on_host(shard: Sequence[Tensor], params: Params) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Tensors of a shard, each in parts along the axis that is outermost on disk; all processes take part."""
     for tensor in shard:
         array = _leaf(params, tensor.path)

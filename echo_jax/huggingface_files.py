@@ -35,8 +35,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # Converted and transposed at once: two copies of it fit into the cache of a core.
 _BLOCK_SCALARS = 1 << 19
 # Files are mapped into memory. What has been read of them stays in the memory of the process, although the system could
-# take it back, until they are closed: so they are opened anew after this much. Counted are whole rows: the pages of one lie
-# close together, and often in the same place.
+# take it back, until they are closed: so they are opened anew after this much. Counted are whole rows: parts of one lie
+# on the same pages, or close to each other.
 _MAPPED_BYTES = 256 * 1024**2
 
 

@@ -136,7 +136,7 @@ class Tensor:
         return part.reshape(unmerged).transpose(np.argsort(self._order))
 
     def to_disk(self, part: np.ndarray) -> np.ndarray:
-        """One layer of our leaf, or a part of it -> (a view with) the layout of the checkpoint tensor, maybe strided."""
+        """One layer of our leaf, or a part of it -> (a view with) the axes of the checkpoint tensor."""
         return part.transpose(self._order).reshape(self._merged(part.shape))
 
 

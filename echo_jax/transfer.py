@@ -38,7 +38,7 @@ def to_devices(
       sharding: how it lies on the devices.
       read: is asked for the shards of this process's devices, for several at once where these are small. A shard that
         several devices hold is asked for once.
-      part_axis: a shard larger than `STAGED_BYTES` is asked for in parts along this axis, and put together on its device.
+      part_axis: a shard larger than `STAGED_BYTES` is asked for in parts along this axis, and joined on its device.
     """
     holders: dict[tuple[tuple[int, int], ...], list[Sharding]] = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():

@@ -66,7 +66,11 @@ class Hub:
 
     def downloads(self) -> list[str]:
         """Names of the files that were asked for with GET."""
-        return [path.rpartition("/")[2] for method, path, _ in self.requests if "/resolve/" in path and method == "GET"]
+        return [
+            path.rpartition("/")[2]
+            for method, path, _ in self.requests
+            if "/resolve/" in path and method == "GET"
+        ]
 
 
 def answer(hub: Hub, request: BaseHTTPRequestHandler) -> None:

@@ -33,7 +33,9 @@ for name in sys.argv[1:]:
 
 def save_omni(folder: Path, seed: int) -> Path:
     """A model in several files, beside what a thinker does not need."""
-    huggingface.save_pretrained(folder, CONFIG, random_params(seed=seed), max_shard_bytes=SHARD_BYTES)
+    huggingface.save_pretrained(
+        folder, CONFIG, random_params(seed=seed), max_shard_bytes=SHARD_BYTES
+    )
     index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"]["talker.codec_head.weight"] = "talker.safetensors"
     (folder / INDEX_FILE).write_text(json.dumps(index))
@@ -96,7 +98,13 @@ def assert_is(found: list[str] | str, commit: str, folders: dict[str, Path]) -> 
 
 
 def test_a_repository_at_a_branch_a_tag_or_a_commit(hub, folders, tmp_path):
-    names = ["tiny/echo", "tiny/echo@v1", "tiny/echo@try/longer", f"tiny/echo@{NEW}", "tiny/echo@v1"]
+    names = [
+        "tiny/echo",
+        "tiny/echo@v1",
+        "tiny/echo@try/longer",
+        f"tiny/echo@{NEW}",
+        "tiny/echo@v1",
+    ]
     found = find(hub, tmp_path, *names)
     for one, commit in zip(found, [NEW, OLD, OLD, NEW, OLD], strict=True):
         assert_is(one, commit, folders)
@@ -126,7 +134,10 @@ def test_offline_a_full_cache_is_enough(hub, folders, tmp_path):
         assert "\n" not in found[3]
         assert not hub.requests
     # A cache that lacks a file is not enough, and the file is named.
-    missing = Path(found[0][0]) / sorted(json.loads((folders[NEW] / INDEX_FILE).read_text())["weight_map"].values())[0]
+    missing = (
+        Path(found[0][0])
+        / sorted(json.loads((folders[NEW] / INDEX_FILE).read_text())["weight_map"].values())[0]
+    )
     missing.unlink()
     (found,) = find(hub, tmp_path, "tiny/echo", offline=True)
     assert found.startswith("tiny/echo: ")
@@ -135,14 +146,25 @@ def test_offline_a_full_cache_is_enough(hub, folders, tmp_path):
 
 
 def test_what_the_hub_does_not_give_is_one_clear_line(hub, tmp_path):
-    found = find(hub, tmp_path, "tiny/echo@v7", "tiny/nothing", "tiny/gated", "tiny/echo@" + "c" * 40, "a/b--c")
+    found = find(
+        hub,
+        tmp_path,
+        "tiny/echo@v7",
+        "tiny/nothing",
+        "tiny/gated",
+        "tiny/echo@" + "c" * 40,
+        "a/b--c",
+    )
     start = "no such directory, and the Hugging Face hub did not give it"
     assert found[:3] == [
         f"tiny/echo@v7: {start}: the repository has no such branch, tag or commit",
         f"tiny/nothing: {start}: it has no such repository, or a private one (`hf auth login`)",
         f"tiny/gated: {start}: it is gated; accept its terms there and log in with `hf auth login`",
     ]
-    assert found[3] == f"tiny/echo@{'c' * 40}: {start}: the repository has no such branch, tag or commit"
+    assert (
+        found[3]
+        == f"tiny/echo@{'c' * 40}: {start}: the repository has no such branch, tag or commit"
+    )
     assert found[4] == f"a/b--c: {start}: the name is none that it allows"
     (found,) = find("http://127.0.0.1:9", tmp_path, "tiny/echo")
     assert found.startswith(f"tiny/echo: {start}: ")
@@ -170,9 +192,7 @@ def test_a_download_that_breaks_off_goes_on(hub, folders, tmp_path):
     (found,) = find(hub, tmp_path, "tiny/echo")
     assert_is(found, NEW, folders)
     ranges = [
-        asked
-        for method, path, asked in hub.requests
-        if method == "GET" and path.endswith(name)
+        asked for method, path, asked in hub.requests if method == "GET" and path.endswith(name)
     ]
     assert ranges[0] is None
     assert len(ranges) == 3

@@ -46,10 +46,12 @@ def assert_same_files(directory: Path, other: Path) -> None:
     assert len(same) == len(names)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, devices: int = 8) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.echo_jax.on_devices", *map(str, arguments)],
         cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,7 +94,7 @@ def test_two_processes_read_a_part_each_and_save_together(checkpoint, tmp_path):
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     both = [
-        start(checkpoint, tmp_path, ",".join(meshes), process, 2, coordinator)
+        start(checkpoint, tmp_path, ",".join(meshes), process, 2, coordinator, devices=4)
         for process in range(2)
     ]
     for found in [finish(process) for process in both]:
@@ -156,9 +158,7 @@ def test_parts_of_a_tensor():
 def test_a_mixed_tree_keeps_its_dtypes(tmp_path):
     """A frozen audio tower in bfloat16 beside a float32 language model, with an odd number of scalars between."""
     params = random_params()
-    params["audio_tower"] = jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16), params["audio_tower"]
-    )
+    params["audio_tower"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["audio_tower"])
     huggingface.save_pretrained(tmp_path, CONFIG, params)
     stored = load_file(tmp_path / "model.safetensors")
     assert {str(array.dtype) for array in stored.values()} == {"float32", "bfloat16"}
@@ -308,12 +308,12 @@ def test_a_killed_save_leaves_a_whole_model_or_none(tmp_path):
         saver.send_signal(signal.SIGKILL)
         saver.wait()
         saver.stdout.close()
-        try:
-            _, params = huggingface.load_pretrained(directory)
-        except FileNotFoundError as error:
-            assert "holds no model" in str(error) or "no such directory" in str(error)
+        if not (directory / "config.json").exists():
+            with pytest.raises(FileNotFoundError, match="holds no model|no such directory"):
+                huggingface.load_pretrained(directory)
             continue
         whole += 1
+        _, params = huggingface.load_pretrained(directory)
         leaf = np.asarray(params["language_model"]["final_norm"]["scale"])
         (which,) = (
             tree
