@@ -309,7 +309,7 @@ def test_a_killed_save_leaves_a_whole_model_or_none(tmp_path):
         saver.wait()
         saver.stdout.close()
         if not (directory / "config.json").exists():
-            with pytest.raises(FileNotFoundError, match="holds no model|no such directory"):
+            with pytest.raises(FileNotFoundError, match=r"holds no model|no such directory"):
                 huggingface.load_pretrained(directory)
             continue
         whole += 1
