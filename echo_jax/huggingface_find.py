@@ -113,30 +113,37 @@ def _download(repo_id: str, revision: str | None) -> Found:
     name = repo_id if revision is None else f"{repo_id}@{revision}"
 
     def fetch(at: str | None, *patterns: str) -> Path:
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repo_id, revision=at, allow_patterns=list(patterns)
-                )
-            )
-        # What a failed connection raises has no name that all releases of huggingface_hub share.
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{name}: no such directory, and the Hugging Face hub did not give it: {_reason(error)}"
-            ) from error
+        return Path(
+            huggingface_hub.snapshot_download(repo_id, revision=at, allow_patterns=list(patterns))
+        )
 
-    directory = fetch(revision, *_SMALL_FILES)
+    # What a failed connection raises has no name that all releases of huggingface_hub share.
+    try:
+        directory = fetch(revision, *_SMALL_FILES)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name}: no such directory, and the Hugging Face hub did not give it: {_reason(error)}"
+        ) from error
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{name}: the repository has no config.json")
     index = directory / INDEX_FILE
     wanted = needed_shards(index) if index.is_file() else [SINGLE_FILE]
-    # From the same commit: somebody may push in between.
-    directory = fetch(directory.name, *wanted, *_SMALL_FILES)
-    for file in wanted:
-        if not (directory / file).is_file():
-            raise FileNotFoundError(
-                f"{name}: neither the cache in {directory} nor the Hugging Face hub holds {file}"
-            )
+
+    def missing() -> list[str]:
+        return [file for file in wanted if not (directory / file).is_file()]
+
+    reason = "it has no such file"
+    if missing():
+        try:
+            # From the same commit: somebody may push in between.
+            fetch(directory.name, *wanted)
+        except Exception as error:
+            reason = _reason(error)
+    if left := missing():
+        raise FileNotFoundError(
+            f"{name}: {len(left)} of {len(wanted)} files of tensors are not in the cache, the first is {left[0]}, "
+            f"and the Hugging Face hub did not give it: {reason}"
+        )
     return Found(directory, f"{repo_id}@{directory.name}", directory.name)
 
 
@@ -159,7 +166,6 @@ def _reason(error: Exception) -> str:
     for kind, words in known:
         if isinstance(error, kind):
             return words
-    # These come from a page about its own settings.
     said = " ".join(str(error).split()) or type(error).__name__
     said = said if len(said) <= 300 else f"{said[:300]}..."
     return f"{said} (offline, or the connection broke? what has arrived is kept; run it again)"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from echo_jax import huggingface
@@ -182,31 +183,42 @@ def test_a_repository_without_a_model_is_named(hub, folders, tmp_path):
         hub.repositories[f"tiny/{name}"] = Repository({NEW: folder}, {"main": NEW})
     found = find(hub, tmp_path / "cache", "tiny/bare", "tiny/lacking")
     assert found[0] == "tiny/bare: the repository has no config.json"
-    assert found[1].startswith("tiny/lacking: neither the cache in ")
-    assert found[1].endswith(f"holds {lacking.name}")
+    files = len(list(folders[NEW].glob("model-*")))
+    assert found[1] == (
+        f"tiny/lacking: 1 of {files} files of tensors are not in the cache, the first is {lacking.name}, and the Hugging "
+        "Face hub did not give it: it has no such file"
+    )
 
 
-def test_a_download_that_breaks_off_goes_on(hub, folders, tmp_path):
-    name = sorted(folders[NEW].glob("model-*.safetensors"))[1].name
-    hub.breaks[name] = 2
-    (found,) = find(hub, tmp_path, "tiny/echo")
-    assert_is(found, NEW, folders)
+def test_a_download_that_breaks_off_goes_on(hub, tmp_path):
+    """Large enough that the client has kept what came before."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    content = np.random.default_rng(0).bytes(50_000_000)
+    (folder / "model.safetensors").write_bytes(content)
+    hub.repositories["tiny/large"] = Repository({NEW: folder}, {"main": NEW})
+    hub.breaks["model.safetensors"] = 2
+    (found,) = find(hub, tmp_path / "cache", "tiny/large")
+    assert (Path(found[0]) / "model.safetensors").read_bytes() == content
     ranges = [
-        asked for method, path, asked in hub.requests if method == "GET" and path.endswith(name)
+        asked
+        for method, path, asked in hub.requests
+        if method == "GET" and path.endswith("model.safetensors")
     ]
     assert ranges[0] is None
-    assert len(ranges) == 3
-    assert all(asked.startswith("bytes=") for asked in ranges[1:])
+    first, second = (int(asked.removeprefix("bytes=").removesuffix("-")) for asked in ranges[1:])
+    assert 0 < first < second < len(content)
 
 
 def test_a_download_that_never_arrives_is_no_model(hub, folders, tmp_path):
     name = sorted(folders[NEW].glob("model-*.safetensors"))[1].name
     hub.silent.add(name)
-    (found,) = find(hub, tmp_path, "tiny/echo")
-    assert found.startswith("tiny/echo: no such directory, and the Hugging Face hub did not give")
-    assert "\n" not in found
-    (found,) = find(hub, tmp_path, "tiny/echo", offline=True)
-    assert name in found
+    for offline in (False, True):
+        (found,) = find(hub, tmp_path, "tiny/echo", offline=offline)
+        assert found.startswith("tiny/echo: 1 of ")
+        assert f"the first is {name}, and the Hugging Face hub did not give it: " in found
+        assert "\n" not in found
     hub.silent.clear()
     (found,) = find(hub, tmp_path, "tiny/echo")
     assert_is(found, NEW, folders)
