@@ -185,8 +185,8 @@ def test_a_repository_without_a_model_is_named(hub, folders, tmp_path):
     assert found[0] == "tiny/bare: the repository has no config.json"
     files = len(list(folders[NEW].glob("model-*")))
     assert found[1] == (
-        f"tiny/lacking: 1 of {files} files of tensors are not in the cache, the first is {lacking.name}, and the Hugging "
-        "Face hub did not give it: it has no such file"
+        f"tiny/lacking: 1 of {files} files of tensors are not in the cache, the first is {lacking.name}, and the "
+        "Hugging Face hub did not give it: it has no such file"
     )
 
 
