@@ -143,7 +143,9 @@ def _run(args: argparse.Namespace, folder: Path, processes: int) -> None:
             for other in started:
                 other.kill()
             raise SystemExit(f"benchmarks.loading: process {number} of {processes} failed")
-        found = json.loads(output.splitlines()[-1])
+        # Libraries may print more, before it and behind.
+        (line,) = (line for line in output.splitlines() if line.startswith("{"))
+        found = json.loads(line)
         whole = found["checkpoint_bytes"]
         print(
             f"process {number + 1} of {processes}, {DEVICES // processes} devices, {args.dtype}: "

@@ -108,13 +108,42 @@ def to_host(array: Any, index: Index) -> np.ndarray:
     """
     if not isinstance(array, jax.Array):
         return np.asarray(array)[index]
-    starts = tuple(cut.start for cut in index)
-    sizes = tuple(cut.stop - cut.start for cut in index)
-    # A part of its own, even of all of it: an array keeps the copy on the host that it once gave.
-    part = _cut(array, starts, sizes)
-    if part.is_fully_addressable:
-        return np.asarray(part)
-    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    if array.is_fully_addressable:
+        return _joined(array, index)
+    if any(cut != slice(0, size) for cut, size in zip(index, array.shape, strict=True)):
+        array = _cut(array, *_starts_and_sizes(index))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _joined(array: jax.Array, index: Index) -> np.ndarray:
+    """A part of an array from the shards that hold some of it."""
+    part = np.empty([cut.stop - cut.start for cut in index], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        held = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
+        common = [
+            (max(start, cut.start), min(stop, cut.stop))
+            for (start, stop), cut in zip(held, index, strict=True)
+        ]
+        if any(start >= stop for start, stop in common):
+            continue
+        here = tuple(
+            slice(start - first, stop - first)
+            for (start, stop), (first, _) in zip(common, held, strict=True)
+        )
+        there = tuple(
+            slice(start - cut.start, stop - cut.start)
+            for (start, stop), cut in zip(common, index, strict=True)
+        )
+        # Cut on its device: it would keep on the host all that numpy once got of it.
+        data = shard.data if common == held else _cut(shard.data, *_starts_and_sizes(here))
+        part[there] = np.asarray(data)
+    return part
+
+
+def _starts_and_sizes(index: Index) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(cut.start for cut in index), tuple(cut.stop - cut.start for cut in index)
 
 
 @jax.jit
