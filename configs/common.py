@@ -33,7 +33,7 @@ def stage(name: str) -> ConfigDict:
     config = ConfigDict()
     config.stage = name
     config.seed = 0
-    # A model directory, the workdir of a finished stage, or owner/name on the Hugging Face hub.
+    # A model directory, the workdir of a finished stage, or owner/name or owner/name@revision on the Hugging Face hub.
     config.init_from = ""
     # Wording of the question, a name in echo_jax.text.prompts.PRESETS.
     config.prompt = "echo"

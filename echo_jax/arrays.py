@@ -185,6 +185,11 @@ def abstract_params(
     return map_with_path(abstract, specs)
 
 
+def shardings(specs: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
+    """Returns how each array lies on a mesh, as `NamedSharding` leaves."""
+    return jax.tree.map(lambda array: array.sharding, abstract_params(specs, mesh, rules))
+
+
 def count_parameters(specs: Any) -> int:
     """Number of scalars in a declaration tree."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))

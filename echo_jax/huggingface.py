@@ -1,35 +1,54 @@
 """Hugging Face checkpoints <-> the parameter pytree, tensor by tensor, both ways.
 
-`huggingface_tensors.py` says which tensor is which array. Reading, writing and the check that nothing is missing,
-unknown or matched twice all follow from it.
+`huggingface_tensors.py` says which tensor is which array, `huggingface_files.py` reads and writes the files, and
+`huggingface_find.py` finds them. Arrays are numpy arrays, or jax arrays that lie on a mesh, of several processes too:
+then each process reads the slices that its own devices hold, and all hand theirs to the first one to be written.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
-from echo_jax.arrays import Params, is_spec
-from echo_jax.huggingface_tensors import Tensor, leaves, tensors
+from echo_jax import transfer
+from echo_jax.arrays import ArraySpec, Params
+from echo_jax.huggingface_files import CheckpointFiles, write_file
+from echo_jax.huggingface_find import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Found,
+    find,
+    is_pinned,
+    resolve,
+)
+from echo_jax.huggingface_tensors import Tensor, leaves, tensors, whole
 from echo_jax.model import frontend, thinker
 from echo_jax.model.config import ThinkerConfig
+from echo_jax.transfer import Index
 
-# A whole Omni checkpoint prefixes the thinker's tensors; a thinker alone does not.
-_THINKER_PREFIX = "thinker."
-_IGNORED_PREFIXES = ("thinker.visual.", "visual.", "talker.", "token2wav.")
+__all__ = [
+    "Found",
+    "SavableTokenizer",
+    "find",
+    "is_pinned",
+    "load_pretrained",
+    "resolve",
+    "save_pretrained",
+]
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_SMALL_FILES = ("*.json", "merges.txt", "*.jinja")
+# What a save takes from the devices at once. Under several processes each device gets all of it.
+_GATHERED_BYTES = 64 * 1024**2
 
 
 class SavableTokenizer(Protocol):
@@ -39,202 +58,106 @@ class SavableTokenizer(Protocol):
         """Writes the tokenizer's files into a directory."""
 
 
-# ---------------------------------------------------------------------------------------------- find
-
-
-def resolve(path_or_repo_id: str | os.PathLike[str]) -> Path:
-    """Finds the model directory behind a path or a repository id.
-
-    Args:
-      path_or_repo_id: a model directory; the workdir of a finished training stage (its `export` is meant); or
-        `owner/name` on the Hugging Face hub, of which the thinker's shards and the small files are downloaded.
-
-    Returns:
-      A directory that holds config.json.
-
-    Raises:
-      FileNotFoundError: nothing there, or no model in it; one line that names the path.
-    """
-    path = Path(path_or_repo_id).expanduser()
-    if path.is_dir():
-        for candidate in (path, path / "export"):
-            if (candidate / "config.json").is_file():
-                return candidate
-        raise FileNotFoundError(
-            f"{path} holds no model: neither config.json nor export/config.json "
-            "(a training workdir has export/ once its stage has finished)"
-        )
-    if path.exists():
-        raise FileNotFoundError(
-            f"{path} is a file; give the model directory that holds config.json"
-        )
-    name = str(path_or_repo_id)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return _download(name)
-    raise FileNotFoundError(
-        f"{name}: no such directory, and not a repository id of the form owner/name"
-    )
-
-
-def _download(repo_id: str) -> Path:
-    """Downloads (or finds in the cache) the parts of a hub repository that a thinker needs."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def fetch(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(patterns)))
-
-    try:
-        directory = fetch(*_SMALL_FILES)
-        index = directory / _INDEX_FILE
-        directory = (
-            fetch(*_needed_shards(index), *_SMALL_FILES)
-            if index.is_file()
-            else fetch(_SINGLE_FILE, *_SMALL_FILES)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"{repo_id}: no such directory, and the Hugging Face hub did not give it "
-            f"(offline, gated or misspelt?): {reason}"
-        ) from error
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{repo_id}: the repository has no config.json")
-    return directory
-
-
-def _needed_shards(index: Path) -> list[str]:
-    """Shard files of an index that hold at least one tensor of the thinker."""
-    return sorted({file for key, file in _weight_map(index).items() if not _is_ignored(key)})
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        return dict(content["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{index} is not a safetensors index (no weight_map): {error!r}"
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------- load
 
 
 def load_pretrained(
-    path_or_repo_id: str | os.PathLike[str], dtype: Any = np.float32
+    path_or_repo_id: str | os.PathLike[str],
+    dtype: Any = np.float32,
+    shardings: Any | Callable[[ThinkerConfig], Any] = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> tuple[ThinkerConfig, Params]:
     """Reads a checkpoint: a whole Omni model or a thinker alone, one safetensors file or shards with an index.
 
-    Tensors are read one at a time into the stacked arrays, so the peak is the parameters plus one tensor.
+    With shardings, each process reads the slices that its devices hold and no others, and once where several devices
+    hold the same; beyond the arrays the host needs about 1 GB at most. Without, it needs some blocks of a tensor.
 
     Args:
-      path_or_repo_id: see `resolve`.
+      path_or_repo_id: see `find`.
       dtype: dtype of the returned arrays.
+      shardings: for each array of `thinker.param_specs` how it lies on the devices, or a function that says so once the
+        configuration is known: `lambda config: arrays.shardings(thinker.param_specs(config), mesh, rules)`. None for
+        numpy arrays.
+      on_read: called with the bytes of each slice that has been read from the files.
 
     Returns:
-      The configuration and the parameter tree, numpy arrays.
+      The configuration and the parameter tree, numpy arrays, or jax arrays under `shardings`.
 
     Raises:
       FileNotFoundError: no model, or a shard is missing.
-      ValueError: a file is damaged, or a tensor is missing, unknown, present twice or of the wrong shape; the message
-        names it.
+      ValueError: a file is damaged; a tensor is missing, unknown, present twice, of the wrong shape or not of
+        floating-point numbers; an array cannot be divided as the shardings say. The message names it, and comes before
+        the first tensor is read.
     """
     directory = resolve(path_or_repo_id)
     config = ThinkerConfig.from_hf(directory / "config.json")
+    specs = dict(leaves(thinker.param_specs(config)))
+    placed: Mapping[tuple[str, ...], Sharding] = {}
+    if shardings is not None:
+        placed = _by_path(shardings(config) if callable(shardings) else shardings)
+        _check_shardings(specs, placed)
     table = tensors(config)
-    params = _empty_like(thinker.param_specs(config), dtype)
-    seen: dict[str, tuple[Path, str]] = {}
-    for file, key in _stored_keys(directory):
-        if _is_ignored(key):
-            continue
-        bare = key.removeprefix(_THINKER_PREFIX)
-        if bare not in table:
-            raise ValueError(_unknown_key(file, key, bare, config))
-        if bare in seen:
-            first, second = (f"{f.name}:{k}" for f, k in (seen[bare], (file, key)))
-            raise ValueError(f"{directory}: {bare} is present twice, as {first} and as {second}")
-        seen[bare] = (file, key)
-    missing = [key for key in table if key not in seen]
-    if missing:
-        raise ValueError(
-            f"{directory}: {len(missing)} of {len(table)} tensors are missing, the first is {missing[0]}"
-        )
-    _fill(params, table, seen)
+    files = CheckpointFiles(directory, table, on_read)
+    tensors_of: dict[tuple[str, ...], list[Tensor]] = collections.defaultdict(list)
+    for tensor in table.values():
+        tensors_of[tensor.path].append(tensor)
+    params: Params = {}
+    for path, spec in specs.items():
+        read = functools.partial(_read, files, tensors_of[path], np.dtype(dtype))
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        if shardings is None:
+            (node[path[-1]],) = read([whole(spec.shape)])
+        else:
+            first = tensors_of[path][0]
+            axis = first.axes[0][0] if first.layer is None else 0
+            node[path[-1]] = transfer.to_devices(spec.shape, dtype, placed[path], read, axis)
     return config, params
 
 
-def _fill(
-    params: Params, table: Mapping[str, Tensor], places: Mapping[str, tuple[Path, str]]
+def _read(
+    files: CheckpointFiles, stored: Sequence[Tensor], dtype: np.dtype, indices: Sequence[Index]
+) -> list[np.ndarray]:
+    """Parts of an array from the tensors that hold it; each tensor is gone through once."""
+    parts = [np.empty([cut.stop - cut.start for cut in index], dtype) for index in indices]
+    for tensor in stored:
+        for index, part in zip(indices, parts, strict=True):
+            if tensor.layer is None:
+                files.read(tensor, index, part)
+            elif index[0].start <= tensor.layer < index[0].stop:
+                files.read(tensor, index[1:], part[tensor.layer - index[0].start])
+    return parts
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree of dictionaries by the keys that lead to them."""
+    return {
+        tuple(str(entry.key) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _check_paths(
+    what: str, specs: Mapping[tuple[str, ...], ArraySpec], found: Mapping[tuple[str, ...], Any]
 ) -> None:
-    by_file: dict[Path, list[tuple[str, Tensor]]] = {}
-    for bare, (path, key) in places.items():
-        by_file.setdefault(path, []).append((key, table[bare]))
-    for path, wanted in by_file.items():
-        with _open(path) as file:
-            for key, tensor in wanted:
-                shape = tuple(file.get_slice(key).get_shape())
-                if shape != tensor.shape_on_disk:
-                    raise ValueError(
-                        f"{path}: {key} has shape {shape}, config.json asks for {tensor.shape_on_disk}"
-                    )
-                leaf = _leaf(params, tensor.path)
-                target = leaf if tensor.layer is None else leaf[tensor.layer]
-                target[...] = tensor.from_disk(file.get_tensor(key))
+    for path in specs.keys() ^ found.keys():
+        state = "lacks" if path in specs else "has the unknown"
+        raise ValueError(f"{what} {state} array {'/'.join(path)}")
 
 
-def _stored_keys(directory: Path) -> Iterator[tuple[Path, str]]:
-    """All (file, key) of a checkpoint; with an index, only files that hold tensors of the thinker are opened."""
-    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
-    if single.is_file() and index.is_file():
-        raise ValueError(
-            f"{directory} holds both {_SINGLE_FILE} and {_INDEX_FILE}: remove the stale one"
-        )
-    if single.is_file():
-        with _open(single) as file:
-            stored = list(file.keys())
-        yield from ((single, key) for key in stored)
-        return
-    if not index.is_file():
-        raise FileNotFoundError(f"{directory} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}")
-    weight_map = _weight_map(index)
-    for name in _needed_shards(index):
-        listed = {key for key, file_name in weight_map.items() if file_name == name}
-        with _open(directory / name) as file:
-            stored = list(file.keys())
-        for key in sorted(listed - set(stored)):
-            raise ValueError(f"{directory / name} lacks {key}, which {_INDEX_FILE} places there")
-        yield from ((directory / name, key) for key in stored)
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _is_ignored(key: str) -> bool:
-    return key.startswith(_IGNORED_PREFIXES)
-
-
-def _unknown_key(file: Path, key: str, bare: str, config: ThinkerConfig) -> str:
-    why = "the thinker has no such tensor"
-    if bare == "lm_head.weight" and config.text.tie_embeddings:
-        why = "config.json ties the head to the embeddings (tie_word_embeddings), so it must not be there"
-    return f"{file}: unknown tensor {key}: {why}"
-
-
-def _empty_like(specs: Any, dtype: Any) -> Params:
-    return jax.tree.map(lambda spec: np.empty(spec.shape, dtype), specs, is_leaf=is_spec)
-
-
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def _check_shardings(
+    specs: Mapping[tuple[str, ...], ArraySpec], placed: Mapping[tuple[str, ...], Sharding]
+) -> None:
+    _check_paths("the tree of shardings", specs, placed)
+    for path, spec in specs.items():
+        try:
+            placed[path].shard_shape(spec.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"array {'/'.join(path)} of shape {spec.shape} cannot be divided as {placed[path]} says; choose mesh "
+                "axes whose sizes divide it"
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------- save
@@ -249,13 +172,17 @@ def save_pretrained(
 ) -> Path:
     """Writes a directory that `Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained` loads.
 
-    Keys are those of a thinker alone (no prefix); arrays keep their dtype. One shard is in memory at a time.
-    config.json comes last: a directory that was being written when the process died is not taken for a model.
+    Keys are those of a thinker alone (no prefix); arrays keep their dtype. Arrays come from their devices in pieces of
+    at most 64 MB, and go to the disk as they come. config.json comes last: a directory that was being written when the
+    process died is not taken for a model.
+
+    Under several processes all must call this, each with its part of the arrays; the first one writes, and when this
+    returns the directory is there.
 
     Args:
       directory: made if needed; a model that is already there is replaced.
       config: sizes, ids.
-      params: the parameter tree, numpy or jax arrays.
+      params: the parameter tree, numpy or jax arrays, on one device or on many.
       tokenizer: its files are written too when given.
       max_shard_bytes: tensors beyond this go to further files, with an index.
 
@@ -264,36 +191,53 @@ def save_pretrained(
 
     Raises:
       ValueError: params does not have the tree or the shapes that config declares; the message names the array.
+      OSError: the disk does not take it; the message names the file.
     """
     directory = Path(directory)
-    table = tensors(config)
     _check_tree(config, params)
-    shards = _plan_shards(table, params, max_shard_bytes)
+    shards = _plan_shards(tensors(config), params, max_shard_bytes)
+    if jax.process_index():
+        for shard in shards:
+            collections.deque(_on_host(shard, params), maxlen=0)  # has no other use for them
+    else:
+        _write(directory, config, params, shards, tokenizer)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {directory}")
+    return directory
+
+
+def _write(
+    directory: Path,
+    config: ThinkerConfig,
+    params: Params,
+    shards: Sequence[Sequence[Tensor]],
+    tokenizer: SavableTokenizer | None,
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for stale in (
         directory / "config.json",
-        directory / _INDEX_FILE,
+        directory / INDEX_FILE,
         *directory.glob("model*.safetensors"),
     ):
         stale.unlink(missing_ok=True)
 
     weight_map: dict[str, str] = {}
-    total_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = (
-            _SINGLE_FILE
+            SINGLE_FILE
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        content: dict[str, np.ndarray] = {}
-        for key, array in _on_host(shard, params):
-            content[key] = array
-            total_bytes += array.nbytes
-            weight_map[key] = name
-        save_file(content, directory / name, metadata={"format": "pt"})
+        contents = [
+            (tensor.key, _leaf(params, tensor.path).dtype, tensor.shape_on_disk) for tensor in shard
+        ]
+        parts = (tensor.to_disk(part) for tensor, part in _on_host(shard, params))
+        write_file(directory / name, contents, parts)
+        weight_map |= {tensor.key: name for tensor in shard}
     if len(shards) > 1:
+        total_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         _write_json(
-            directory / _INDEX_FILE,
+            directory / INDEX_FILE,
             {
                 "metadata": {"total_size": total_bytes},
                 "weight_map": dict(sorted(weight_map.items())),
@@ -305,19 +249,18 @@ def save_pretrained(
         tokenizer.save(directory)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     _write_json(directory / "config.json", {**config.to_hf(), "dtype": dtype})
-    return directory
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def _check_tree(config: ThinkerConfig, params: Params) -> None:
-    wanted = dict(leaves(thinker.param_specs(config)))
-    found = {
-        tuple(str(entry.key) for entry in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-    for path in wanted.keys() ^ found.keys():
-        state = "lacks" if path in wanted else "has the unknown"
-        raise ValueError(f"the parameter tree {state} array {'/'.join(path)}")
-    for path, spec in wanted.items():
+    specs, found = dict(leaves(thinker.param_specs(config))), _by_path(params)
+    _check_paths("the parameter tree", specs, found)
+    for path, spec in specs.items():
         if tuple(found[path].shape) != spec.shape:
             raise ValueError(
                 f"array {'/'.join(path)} has shape {tuple(found[path].shape)}, the config declares {spec.shape}"
@@ -327,27 +270,34 @@ def _check_tree(config: ThinkerConfig, params: Params) -> None:
 def _plan_shards(
     table: Mapping[str, Tensor], params: Params, max_shard_bytes: int
 ) -> list[list[Tensor]]:
-    """Groups tensors, in order, into shards of at most max_shard_bytes (a larger tensor has its own)."""
+    """Groups tensors, in order, into shards of at most max_shard_bytes (a larger tensor has its own).
+
+    In a shard the wider dtypes come first, so that all numbers are aligned.
+    """
+
+    def width(tensor: Tensor) -> int:
+        return _leaf(params, tensor.path).dtype.itemsize
+
     shards: list[list[Tensor]] = []
     room = 0
     for tensor in table.values():
-        size = math.prod(tensor.shape) * _leaf(params, tensor.path).dtype.itemsize
+        size = math.prod(tensor.shape) * width(tensor)
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= size
-    return shards
+    return [sorted(shard, key=width, reverse=True) for shard in shards]
 
 
-def _on_host(shard: list[Tensor], params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a shard; each leaf is fetched from the device once, not once a layer."""
-    fetched: tuple[str, ...] = ()
-    leaf = np.empty(0)
+def _on_host(shard: Sequence[Tensor], params: Params) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Tensors of a shard, each in parts along the axis that is outermost on disk; all processes take part."""
     for tensor in shard:
-        if tensor.path != fetched:
-            leaf, fetched = np.asarray(jax.device_get(_leaf(params, tensor.path))), tensor.path
-        yield tensor.key, tensor.to_disk(leaf if tensor.layer is None else leaf[tensor.layer])
+        array = _leaf(params, tensor.path)
+        if tensor.layer is not None:
+            array = transfer.layer_of(array, tensor.layer)
+        for index in tensor.blocks(whole(tensor.shape), _GATHERED_BYTES // array.dtype.itemsize):
+            yield tensor, transfer.to_host(array, index)
 
 
 def _generation_config(config: ThinkerConfig) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Which tensor of a Hugging Face checkpoint is which array of the parameter tree, and how the two are laid out.
 
-`_RULES` names for each array of the tree its checkpoint tensor (one a layer for stacked arrays). The expected shapes
-and the table of all tensors follow from it and from the declarations in `thinker.param_specs`.
+`_RULES` names for each array of the tree its checkpoint tensor (one a layer for stacked arrays). The expected shapes,
+the table of all tensors, and which slice of a tensor holds which slice of an array follow from it and from the
+declarations in `thinker.param_specs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +19,7 @@ import numpy as np
 from echo_jax.arrays import ArraySpec, is_spec
 from echo_jax.model import thinker
 from echo_jax.model.config import ThinkerConfig
-
-Layout = Literal["same", "linear", "conv"]
-"""How a checkpoint tensor relates to our array (of one layer).
-
-same: equal up to merging the head dimensions. linear: torch's [out, in]; ours has the contracted dimensions
-first. conv: torch's [out, in, time]; ours is [time, in, out].
-"""
+from echo_jax.transfer import Index
 
 # Path in the parameter tree -> tensor name, with {} for the layer of a stacked array.
 _RULES: dict[str, str] = {
@@ -77,33 +73,76 @@ class Tensor:
       key: name in a thinker-only checkpoint.
       path: keys of the leaf in the tree.
       layer: index along the leaf's first axis, or None when the leaf is not stacked.
-      layout: how the tensor is laid out, see `Layout`.
       shape: shape of the leaf without its layer axis.
-      shape_on_disk: shape of the checkpoint tensor.
+      axes: for each dimension on disk, the axes of `shape` that are merged in it. torch has the outputs of a linear
+        layer first, ours has the contracted axes first; torch's convolutions are [out, in, time], ours [time, in, out];
+        heads and their size are one dimension on disk.
     """
 
     key: str
     path: tuple[str, ...]
     layer: int | None
-    layout: Layout
     shape: tuple[int, ...]
-    shape_on_disk: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
 
-    def from_disk(self, tensor: np.ndarray) -> np.ndarray:
-        """Checkpoint tensor -> (a view as) one layer of our leaf."""
-        if self.layout == "conv":
-            return tensor.transpose(2, 1, 0)
-        if self.layout == "linear":
-            tensor = tensor.T
-        return tensor.reshape(self.shape)
+    @functools.cached_property
+    def shape_on_disk(self) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor."""
+        return self._merged(self.shape)
 
-    def to_disk(self, array: np.ndarray) -> np.ndarray:
-        """One layer of our leaf -> contiguous checkpoint tensor."""
-        if self.layout == "conv":
-            array = array.transpose(2, 1, 0)
-        elif self.layout == "linear":
-            array = array.reshape(self.shape_on_disk[::-1]).T
-        return np.ascontiguousarray(array).reshape(self.shape_on_disk)
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Our axes in the order of the disk."""
+        return tuple(axis for merged in self.axes for axis in merged)
+
+    def _merged(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(math.prod(shape[axis] for axis in merged) for merged in self.axes)
+
+    def on_disk(self, index: Index) -> tuple[Index, Index]:
+        """Where a part of our array lies in the checkpoint tensor.
+
+        Args:
+          index: part of an array of `shape`.
+
+        Returns:
+          The smallest slices of the tensor that hold it, and what to take of these once `from_disk` has given them our
+          axes. That is all of them, except where an axis is cut that is merged behind another one (head_dim).
+        """
+        slices, within = [], list(whole(self.shape))
+        for first, *behind in self.axes:
+            size = math.prod(self.shape[axis] for axis in behind)
+            slices.append(slice(index[first].start * size, index[first].stop * size))
+            within[first] = slice(0, index[first].stop - index[first].start)
+            for axis in behind:
+                within[axis] = index[axis]
+        return tuple(slices), tuple(within)
+
+    def blocks(self, index: Index, most_scalars: int) -> Iterator[Index]:
+        """Cuts a part of our array along the axis that is outermost on disk, into at most so many scalars if it can."""
+        axis = self.axes[0][0]
+        span = index[axis]
+        row = math.prod(cut.stop - cut.start for i, cut in enumerate(index) if i != axis)
+        step = max(1, most_scalars // max(1, row))
+        for start in range(span.start, span.stop, step):
+            cut = slice(start, min(start + step, span.stop))
+            yield (*index[:axis], cut, *index[axis + 1 :])
+
+    def from_disk(self, part: np.ndarray) -> np.ndarray:
+        """Checkpoint tensor, or slices of it that cut no merged axis but the first -> (a view with) our axes."""
+        unmerged: list[int] = []
+        for size, (_, *behind) in zip(part.shape, self.axes, strict=True):
+            sizes = [self.shape[axis] for axis in behind]
+            unmerged += [size // math.prod(sizes), *sizes]
+        return part.reshape(unmerged).transpose(np.argsort(self._order))
+
+    def to_disk(self, part: np.ndarray) -> np.ndarray:
+        """One layer of our leaf, or a part of it -> (a view with) the axes of the checkpoint tensor."""
+        return part.transpose(self._order).reshape(self._merged(part.shape))
+
+
+def whole(shape: Sequence[int]) -> Index:
+    """All of an array."""
+    return tuple(slice(0, size) for size in shape)
 
 
 def tensors(config: ThinkerConfig) -> dict[str, Tensor]:
@@ -114,21 +153,15 @@ def tensors(config: ThinkerConfig) -> dict[str, Tensor]:
     """
     table: dict[str, Tensor] = {}
     for path, spec in leaves(thinker.param_specs(config)):
-        template, layout = _RULES["/".join(path)], _layout(path)
+        template = _RULES["/".join(path)]
         stacked = spec.logical_axes[0] == "layers"
         shape = spec.shape[1:] if stacked else spec.shape
+        axes = _axes_on_disk(path, spec, stacked)
         for layer in range(spec.shape[0]) if stacked else (None,):
             key = template if layer is None else template.format(layer)
             assert key not in table, f"two arrays claim {key}"
-            on_disk = _shape_on_disk(spec, shape, layout, stacked)
-            table[key] = Tensor(key, path, layer, layout, shape, on_disk)
+            table[key] = Tensor(key, path, layer, shape, axes)
     return table
-
-
-def _layout(path: tuple[str, ...]) -> Layout:
-    if path[-1] != "kernel":
-        return "same"
-    return "conv" if path[-2] in ("conv1", "conv2") else "linear"
 
 
 def leaves(specs: Any) -> Iterator[tuple[tuple[str, ...], ArraySpec]]:
@@ -137,15 +170,15 @@ def leaves(specs: Any) -> Iterator[tuple[tuple[str, ...], ArraySpec]]:
         yield tuple(str(entry.key) for entry in path), spec
 
 
-def _shape_on_disk(
-    spec: ArraySpec, shape: tuple[int, ...], layout: Layout, stacked: bool
-) -> tuple[int, ...]:
-    if layout == "conv":
-        return shape[::-1]
-    if layout == "linear":
-        contracted = [axis - stacked for axis in spec.fan_in_axes]
-        inputs = math.prod(shape[axis] for axis in contracted)
-        return (math.prod(shape) // inputs, inputs)
-    # Heads and their size are one dimension on disk.
-    heads = spec.logical_axes[-2:] in (("heads", "head_dim"), ("kv_heads", "head_dim"))
-    return (*shape[:-2], shape[-2] * shape[-1]) if heads else shape
+def _axes_on_disk(
+    path: tuple[str, ...], spec: ArraySpec, stacked: bool
+) -> tuple[tuple[int, ...], ...]:
+    axes = range(len(spec.shape) - stacked)
+    if path[-1] != "kernel":
+        if spec.logical_axes[-2:] in (("heads", "head_dim"), ("kv_heads", "head_dim")):
+            return (*((axis,) for axis in axes[:-2]), tuple(axes[-2:]))
+        return tuple((axis,) for axis in axes)
+    if path[-2] in ("conv1", "conv2"):
+        return tuple((axis,) for axis in reversed(axes))
+    contracted = tuple(axis - stacked for axis in spec.fan_in_axes)
+    return tuple(axis for axis in axes if axis not in contracted), contracted

@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from echo_jax import arrays
 from echo_jax.arrays import ArraySpec, ShardingRules
@@ -303,13 +303,15 @@ def abstract_state(
     return jax.tree.map(place, specs, state, is_leaf=arrays.is_spec)
 
 
-def _placed(sampler: Sampler) -> tuple[Mesh, ShardingRules]:
+def _placed(sampler: Sampler) -> tuple[Mesh | AbstractMesh, ShardingRules]:
     if sampler.mesh is None:
         raise ValueError("the sampler has no mesh; make one with make_mesh")
     return sampler.mesh, sampler.rules
 
 
-def _array(mesh: Mesh, spec: PartitionSpec, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+def _array(
+    mesh: Mesh | AbstractMesh, spec: PartitionSpec, dtype: Any, *shape: int
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 

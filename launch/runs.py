@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from echo_jax import huggingface
+
 SETTINGS_FILE = "run.json"
 DONE_FILE = "done.json"
 
@@ -45,6 +47,19 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 def write_settings(config: ConfigDict, workdir: Path) -> None:
     """Writes the config of the run."""
     _write_json(workdir / SETTINGS_FILE, plain(config))
+
+
+def keep_commit(config: ConfigDict, workdir: Path) -> None:
+    """Lets a run go on from the commit it began with, wherever the hub's main has moved since.
+
+    The settings of a run name that commit, `init_from` on the command line need not.
+    """
+    before = str(_read_json(workdir / SETTINGS_FILE).get("init_from", ""))
+    repo_id, _, revision = config.init_from.partition("@")
+    if not revision and huggingface.is_pinned(before) and before.startswith(f"{repo_id}@"):
+        config.init_from = before
+    elif revision and not huggingface.is_pinned(config.init_from):  # compared by its commit
+        config.init_from = huggingface.find(config.init_from).name
 
 
 def write_done(config: ConfigDict, workdir: Path, step: int) -> None:

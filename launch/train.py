@@ -33,6 +33,7 @@ from echo_jax import arrays, huggingface
 from echo_jax.model import thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.text.tokenizer import Tokenizer
+from echo_jax.train import step
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
 from echo_jax.train.metrics import MetricWriter
 from launch import chat_stage, devices, grpo_stage, inputs, runs
@@ -62,22 +63,32 @@ SHOWN = {
 def load_model(config: ConfigDict) -> Model:
     """The model a stage starts from (3. above), on the devices of config.mesh."""
     if config.init_from:
-        directory = huggingface.resolve(config.init_from)
-        thinker_config, params = huggingface.load_pretrained(directory)
+        found = huggingface.find(config.init_from)
+        config.init_from = found.name  # names the commit of a repository from here on
+        directory = found.directory
+        thinker_config = ThinkerConfig.from_hf(directory / "config.json")
         tokenizer = Tokenizer.from_directory(directory)
     elif config.stage == "base":
+        directory = None
         tokenizer = inputs.new_tokenizer(config, inputs.load_scenes(config))
         thinker_config = ThinkerConfig.preset(
             config.model_preset, vocab_size=tokenizer.vocab_size, **tokenizer.config_ids
         )
-        specs = thinker.param_specs(thinker_config)
-        params = arrays.init_params(specs, jax.random.key(config.seed))
     else:
         raise ValueError(
             f"config.init_from is empty; give the {config.stage} stage a model directory or the workdir of a "
             "finished stage"
         )
     placement = devices.train_placement(config, thinker_config)
+    specs = thinker.param_specs(thinker_config)
+    if directory is None:
+        params = arrays.init_params(specs, jax.random.key(config.seed))
+    else:
+        shardings = None
+        if placement.mesh is not None:
+            shardings = arrays.shardings(specs, placement.mesh, placement.rules)
+        dtype = step.PRECISIONS[config.precision].master
+        params = huggingface.load_pretrained(directory, dtype, shardings)[1]
     params = place(config, thinker_config, params, placement)
     return Model(thinker_config, params, tokenizer, placement)
 
@@ -97,6 +108,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the stage to its end."""
     check_config(config)
     devices.initialize()
+    runs.keep_commit(config, workdir)
     if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
         return
@@ -112,9 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         print(describe(config, model, updater), flush=True)
         state = loop(config, workdir, state, iterator, run_step, saved)
     print("exporting the model")
-    huggingface.save_pretrained(
-        workdir / "export", model.config, devices.to_host(state.params), model.tokenizer
-    )
+    huggingface.save_pretrained(workdir / "export", model.config, state.params, model.tokenizer)
     if jax.process_index() == 0:
         runs.write_done(config, workdir, state.step)
     print(f"finished {state.step} steps; the model is {workdir / 'export'}")

@@ -72,6 +72,32 @@ def test_what_a_finished_run_was_made_from_must_be_the_same(
         runs.is_done(config, finished)
 
 
+@pytest.mark.parametrize("given", ["owner/name", "owner/name@" + "a" * 40])
+def test_a_run_keeps_the_commit_that_it_began_with(given, config, tmp_path):
+    """The hub is not asked: main may have moved, and the network be down."""
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    config.init_from = f"owner/name@{'a' * 40}"
+    runs.write_settings(config, workdir)
+    runs.write_done(config, workdir, config.total_steps)
+    config.init_from = given
+    runs.keep_commit(config, workdir)
+    assert config.init_from == f"owner/name@{'a' * 40}"
+    assert runs.is_done(config, workdir)
+
+
+@pytest.mark.parametrize("given", ["other/name", "owner/name@" + "b" * 40, "", "base"])
+def test_another_model_is_not_taken_for_it(given, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    config.init_from = f"owner/name@{'a' * 40}"
+    runs.write_settings(config, workdir)
+    config.init_from = given
+    runs.keep_commit(config, workdir)
+    assert config.init_from == given
+
+
 @pytest.fixture
 def steady(config):
     config.optimizer.schedule, config.optimizer.warmup_fraction = "constant", 0.0
