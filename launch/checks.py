@@ -6,6 +6,8 @@ freezing rule that matches no parameter or a batch larger than the data, is foun
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from data.listening import ListeningConfig
@@ -14,9 +16,11 @@ from echo_jax.model import frontend
 from echo_jax.ranges import Range
 from echo_jax.sampler import SamplingOptions
 from echo_jax.train import grpo, optimizer, replay, rewards
+from echo_jax.train.retention import Retention
 from launch import inputs
 
 FORMATS = ("conditioned", "grounded", "interleaved")
+NON_FINITE = ("stop", "skip")
 # The stages, each with a field that only its config files have.
 _OWN_FIELD = {"base": "model_preset", "sft": "questions_per_chat", "grpo": "rollouts_per_query"}
 
@@ -29,7 +33,7 @@ _RANGES = {
     "micro_batches": ranges.COUNT,
     "log_every_steps": ranges.COUNT,
     "checkpoint.every_steps": ranges.COUNT,
-    "checkpoint.keep_last": ranges.COUNT,
+    "non_finite_limit": ranges.COUNT,
     "data.clip_seconds": Range(above=0, most=_MOST_SECONDS),
     "data.max_tokens": ranges.NOT_NEGATIVE,
     "data.max_bad_fraction": ranges.SHARE_BELOW_ONE,
@@ -70,12 +74,27 @@ def check_config(config: ConfigDict) -> None:
         values = config.get(section, {}) if section else config
         if field in values:
             ranges.check(f"config.{name}", values[field], allowed)
+    if config.non_finite not in NON_FINITE:
+        raise ValueError(
+            f"config.non_finite={config.non_finite!r} must be one of {', '.join(NON_FINITE)}"
+        )
+    retention(config)
     optimizer.OptimizerOptions(**config.optimizer.to_dict())
     optimizer.check_rules(config.parameter_rules)
     if config.stage == "grpo":
         _check_grpo(config)
     else:
         _check_chats(config)
+
+
+def retention(config: ConfigDict) -> Retention:
+    """Which checkpoints stay.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+    names = [field.name for field in dataclasses.fields(Retention)]
+    return Retention(**{name: config.checkpoint[name] for name in names})
 
 
 def sampling_options(config: ConfigDict) -> SamplingOptions:

@@ -15,7 +15,7 @@ from echo_jax.text.tokenizer import Tokenizer
 from echo_jax.train import grpo, replay, rewards
 from echo_jax.train.checkpoint import TrainState
 from launch.checks import replay_options, sampling_options
-from launch.stage import Metrics, Model, StepFunction, StepResult, Updater, check_finite
+from launch.stage import Metrics, Model, StepFunction, StepResult, Updater
 
 
 def score_rollout(
@@ -124,9 +124,11 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
                 reference_logprob = jax.block_until_ready(reference_fn(reference, replayed))
             lap("logprob_s")
             state, found = updater(
-                state, (replayed, reference_logprob), state.step * updates + number
+                state,
+                (replayed, reference_logprob),
+                state.step * updates + number,
+                ids[number * minibatch : (number + 1) * minibatch],
             )
-            check_finite(found, state.step + 1, ids)
             per_update.append(found)
             lap("train_s")
         metrics |= {name: sum(u[name] for u in per_update) / updates for name in per_update[0]}

@@ -7,6 +7,7 @@ on the clock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -14,6 +15,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from echo_jax import disk
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -33,8 +36,9 @@ def truncate_beyond(path: Path, step: int) -> None:
         if not line.endswith("\n") or record["step"] > step:
             break
         kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial, text = path.with_name(path.name + ".partial"), "".join(kept)
+    with disk.naming(path, len(text), "free space, and start again to go on"):
+        partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -93,7 +97,10 @@ class MetricWriter:
             for name in (METRICS_FILE, TIMINGS_FILE):
                 truncate_beyond(workdir / name, first_step)
             self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+                str(workdir / "tensorboard"),
+                purge_step=first_step + 1 if first_step else None,
+                # Its thread ends when the disk is full; a short queue would then hold up the run for ever.
+                max_queue=1 << 20,
             )
 
     def write(
@@ -111,6 +118,9 @@ class MetricWriter:
             timings: values that depend on the clock, in seconds or per second; ``tokens_per_s`` is
                 shown live.
             ids: ids of the records of the step, kept beside the metrics.
+
+        Raises:
+            DiskFullError: no space for a line.
         """
         if not self._active:
             return
@@ -121,10 +131,14 @@ class MetricWriter:
         if ids is not None:
             record["ids"] = ids
         timing_record = {"step": step, **{name: float(value) for name, value in timings.items()}}
-        for name, line in ((METRICS_FILE, record), (TIMINGS_FILE, timing_record)):
+        for name, content in ((METRICS_FILE, record), (TIMINGS_FILE, timing_record)):
+            path, line = self._workdir / name, json.dumps(content) + "\n"
             # Opened anew each time: a killed process loses nothing, and a full disk shows at once.
-            with open(self._workdir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with (
+                disk.naming(path, len(line), "free space, and start again to go on"),
+                open(path, "a", encoding="utf-8") as file,
+            ):
+                file.write(line)
         for name, value in {
             **metrics,
             **{f"timings/{name}": value for name, value in timings.items()},
@@ -153,5 +167,7 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        # What ends the block is the news: on a full disk closing fails too, and does not say where.
+        with contextlib.suppress(*([OSError] if kind else [])):
+            self.close()
