@@ -112,7 +112,8 @@ class Checkpoints:
         self._metrics: dict[int, Mapping[str, float]] = {}
         # The step that was handed over last and its size, for the message when it cannot be written.
         self._writing = (0, 0)
-        logging.get_absl_logger().addFilter(_without_trace)
+        self._failed = False
+        self._quiet = _QuietOrbax()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -214,7 +215,7 @@ class Checkpoints:
             with self._naming_failures():
                 self._manager.close()
         finally:
-            logging.get_absl_logger().removeFilter(_without_trace)
+            self._quiet.end(self._failed)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -229,11 +230,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._failed = True
             if not (reason := disk.full(error)):
                 raise
             step, size = self._writing
             # What lies on the disk: the step that this one was to replace is still there.
-            there = [other for other in self._manager.all_steps(read=True) if other < step]
+            there = [int(p.name) for p in self._directory.iterdir() if p.name.isdigit()]
             then = (
                 f"the checkpoint of step {max(there)} is intact: free space, and start again to go on from it"
                 if there
@@ -342,13 +344,13 @@ class Checkpoints:
     def _stored_arrays(self, step: int, host: dict[str, Any], wanted: PyTree) -> PyTree:
         """The arrays of a step; raises _DamagedError unless they are what was written."""
         try:
-            with _quiet_readers():
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
-                )
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+            )
             arrays = restored["arrays"]
             found = checksums(arrays)
         except Exception as error:  # what a damaged file raises has no narrower type
+            self._failed = True
             raise _DamagedError(f"arrays: {_first_line(error)}") from error
         for name, (_, _, checksum) in host["arrays"].items():
             if found[name] != checksum:
@@ -462,24 +464,29 @@ def _unused(path: Path) -> Path:
     return found
 
 
-def _without_trace(record: Any) -> bool:
-    """False for the traces that orbax logs beside the error it raises, some of them in its threads."""
-    return not (record.exc_info and "orbax" in record.pathname)
+class _QuietOrbax:
+    """Keeps to one line what orbax says when it fails: it raises the error, and prints traces of it besides.
 
-
-@contextlib.contextmanager
-def _quiet_readers() -> Iterator[None]:
-    """Keeps to one line what a failed read says: orbax reads many arrays at once, and one that fails leaves the others.
-
-    Those print a trace each, some as late as the end of the process; so only a read that succeeds puts the hook back.
+    Some it logs, in its threads. Others come from the many arrays that it handles at once: one that fails leaves the
+    rest unawaited, and each of those prints a trace, some as late as the end of the process.
     """
-    before = sys.unraisablehook
 
-    def others_only(unraisable: sys.UnraisableHookArgs) -> None:
+    def __init__(self) -> None:
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._without_leftovers
+        logging.get_absl_logger().addFilter(_without_trace)
+
+    def _without_leftovers(self, unraisable: sys.UnraisableHookArgs) -> None:
         late = str(unraisable.exc_value) == "Event loop is closed"
         if not late and not inspect.iscoroutine(unraisable.object):
-            before(unraisable)
+            self._hook(unraisable)
 
-    sys.unraisablehook = others_only
-    yield
-    sys.unraisablehook = before
+    def end(self, failed: bool) -> None:
+        """Ends it, after a failure only as far as nothing may come late."""
+        logging.get_absl_logger().removeFilter(_without_trace)
+        if not failed:
+            sys.unraisablehook = self._hook
+
+
+def _without_trace(record: Any) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)

@@ -59,6 +59,46 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+class _Board:
+    """An event file of TensorBoard, written step by step.
+
+    tensorboardX's own SummaryWriter hands its events to a thread, which ends when the disk is full; the run would wait
+    for it for ever.
+
+    Args:
+        folder: made when it is missing.
+        first_step: events of later steps, from before a restart, are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Here, because evaluation and tests that only read metrics need no TensorBoard.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._folder = folder
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(self._event(step=first_step + 1, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of one step; raises DiskFullError."""
+        scalars = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        self._add(self._event(step=step, summary=self._summary(value=scalars)))
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with disk.naming(self._folder, event.ByteSize(), "free space, and start again to go on"):
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
 class MetricWriter:
     """Writes one step at a time; `close` (or leaving the ``with`` block) flushes everything.
 
@@ -84,24 +124,15 @@ class MetricWriter:
         self._total_steps = total_steps
         self._first_step = first_step
         self._shown = shown
-        self._active = active
         self._stream = stream or sys.stdout
         self._started = time.monotonic()
         self._workdir = workdir
-        self._board: Any = None
+        self._board: _Board | None = None
         if active:
-            # Here, because evaluation and tests that only read metrics need no TensorBoard.
-            from tensorboardX import SummaryWriter
-
             workdir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, TIMINGS_FILE):
                 truncate_beyond(workdir / name, first_step)
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"),
-                purge_step=first_step + 1 if first_step else None,
-                # Its thread ends when the disk is full; a short queue would then hold up the run for ever.
-                max_queue=1 << 20,
-            )
+            self._board = _Board(workdir / "tensorboard", first_step)
 
     def write(
         self,
@@ -122,7 +153,7 @@ class MetricWriter:
         Raises:
             DiskFullError: no space for a line.
         """
-        if not self._active:
+        if self._board is None:
             return
         record: dict[str, Any] = {
             "step": step,
@@ -139,11 +170,8 @@ class MetricWriter:
                 open(path, "a", encoding="utf-8") as file,
             ):
                 file.write(line)
-        for name, value in {
-            **metrics,
-            **{f"timings/{name}": value for name, value in timings.items()},
-        }.items():
-            self._board.add_scalar(name, float(value), step)
+        times = {f"timings/{name}": value for name, value in timings.items()}
+        self._board.write(step, {**metrics, **times})
         print(self._live_line(step, metrics, timings), file=self._stream, flush=True)
 
     def _live_line(
@@ -168,6 +196,6 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-        # What ends the block is the news: on a full disk closing fails too, and does not say where.
+        # What ends the block is the news; on a full disk closing fails too.
         with contextlib.suppress(*([OSError] if kind else [])):
             self.close()
