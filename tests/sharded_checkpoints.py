@@ -2,6 +2,7 @@
 
 python -m tests.sharded_checkpoints save    DIR --devices=8 --mesh=2,2,2
 python -m tests.sharded_checkpoints restore DIR --devices=8 --mesh=1,8,1 [--process=0 --processes=2 --port=PORT]
+python -m tests.sharded_checkpoints stop    DIR [...]   # counts steps until any of the processes is asked to stop
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 AXES = ("data", "fsdp", "tensor")
@@ -16,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("save", "restore"))
+    parser.add_argument("what", choices=("save", "restore", "stop"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("--devices", type=int, default=8, help="of this process")
     parser.add_argument("--mesh", action="append", help="sizes of data, fsdp, tensor")
@@ -34,7 +36,9 @@ def main(argv: list[str]) -> int:
     if given.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{given.port}", given.processes, given.process)
-    for sizes in given.mesh:
+    if given.what == "stop":
+        stop(given)
+    for sizes in given.mesh or ():
         mesh = tuple(map(int, sizes.split(",")))
         (save if given.what == "save" else restore)(given, mesh)
         print(f"{given.what} {sizes} ok", flush=True)
@@ -132,6 +136,19 @@ def restore(given, mesh_sizes) -> None:
             # What no device owned may still meet what lies on all of them.
             step = jax.jit(lambda state: state.params["kernel"].sum() * state.opt_state["count"])
             jax.block_until_ready(step(found.replace(key=None)))
+
+
+def stop(given) -> None:
+    from launch.preemption import StopRequest
+
+    with StopRequest() as request:
+        step = 0
+        while not (name := request.agreed()):
+            step += 1
+            if step == 10:
+                (given.directory / f"ready{given.process}").touch()
+            time.sleep(0.001 * given.process)
+        print(f"{name} at {step}", flush=True)
 
 
 if __name__ == "__main__":

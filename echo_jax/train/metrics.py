@@ -78,7 +78,8 @@ class _Board:
         self._folder = folder
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        # The names of files have seconds in them; two starts in one second must not share a file.
+        self._writer = EventsWriter(str(folder / "events"), f".from-step-{first_step}")
         if first_step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(self._event(step=first_step + 1, session_log=start))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import time
+from collections.abc import Callable
+from subprocess import Popen
 
 import pytest
 
@@ -18,14 +22,18 @@ def run(*given: object) -> str:
     return output
 
 
-def run_processes(count: int, *given: object) -> list[tuple[int, str]]:
-    """Exit status and output of each of so many processes, with 4 devices each."""
+def run_processes(
+    count: int, *given: object, meanwhile: Callable[[list[Popen[str]]], None] | None = None
+) -> list[tuple[int, str]]:
+    """Exit status and output of each of so many processes, with 4 devices each; `meanwhile` runs beside them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = [*map(str, given), "--devices=4", f"--processes={count}", f"--port={port}"]
     processes = [start(*common, f"--process={i}", module=MODULE) for i in range(count)]
     try:
+        if meanwhile:
+            meanwhile(processes)
         outputs = [process.communicate(timeout=300)[0] for process in processes]
         return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
     finally:
@@ -81,3 +89,20 @@ def test_data_that_processes_divide_stays_with_as_many(tmp_path):
     assert process.returncode != 0
     assert "whose data was divided among 2 processes, not 1; go on with as many" in output
     assert not (folder / "damaged").exists()
+
+
+@pytest.mark.slow
+def test_processes_stop_after_the_same_step(tmp_path):
+    def ask_one_of_them(processes: list[Popen[str]]) -> None:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / f"ready{number}").exists() for number in (0, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGTERM)
+
+    ends = []
+    for status, output in run_processes(2, "stop", tmp_path, meanwhile=ask_one_of_them):
+        assert status == 0, output
+        ends += [line for line in output.splitlines() if line.startswith("SIGTERM at ")]
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
