@@ -115,7 +115,8 @@ class Updater:
         reason = finite.offending(parts, self._groups, found["loss"], found["grad_norm"])
         progress = self._counted(state.progress, reason, state.step + 1, ids)
         params = optimizer_lib.merge(trainable, frozen)
-        return state.replace(params=params, opt_state=opt_state, progress=progress), found
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, progress=progress)
+        return state, found
 
     def _counted(
         self, progress: Progress, reason: str, step_number: int, ids: Sequence[str]

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.experimental import multihost_utils
 
 from echo_jax import disk
@@ -31,6 +31,7 @@ from echo_jax.train.retention import Retention, policy
 from echo_jax.train.sealed import sealed, unsealed
 
 PyTree = Any
+_log = logging.getLogger(__name__)
 
 # Where damaged steps are set aside, beside the steps.
 DAMAGED = "damaged"
@@ -160,18 +161,19 @@ class Checkpoints:
         arrays = _arrays(state)
         sums = checksums(arrays)
         leaves = named_leaves(arrays)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
         host = {
             "step": state.step,
             "config": config,
             "progress": dataclasses.asdict(state.progress),
-            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "metrics": numbers,
             "arrays": {
                 name: [list(leaf.shape), str(leaf.dtype), sums[name]]
                 for name, leaf in leaves.items()
             },
         }
         positions = {"positions": self._positions(iterator)}
-        self._metrics[state.step] = host["metrics"]
+        self._metrics[state.step] = numbers
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
         self._writing = (state.step, size)
         with self._naming_failures():
@@ -403,7 +405,7 @@ class Checkpoints:
                 target = _unused(self._directory / DAMAGED / str(step))
                 target.parent.mkdir(exist_ok=True)
                 folder.rename(target)
-                logging.warning(
+                _log.warning(
                     "checkpoint %s is damaged (%s); it is now %s, and the run goes on from step %d",
                     folder,
                     reason,
@@ -474,7 +476,7 @@ class _QuietOrbax:
     def __init__(self) -> None:
         self._hook = sys.unraisablehook
         sys.unraisablehook = self._without_leftovers
-        logging.get_absl_logger().addFilter(_without_trace)
+        logging.getLogger("absl").addFilter(_without_trace)
 
     def _without_leftovers(self, unraisable: sys.UnraisableHookArgs) -> None:
         late = str(unraisable.exc_value) == "Event loop is closed"
@@ -483,10 +485,10 @@ class _QuietOrbax:
 
     def end(self, failed: bool) -> None:
         """Ends it, after a failure only as far as nothing may come late."""
-        logging.get_absl_logger().removeFilter(_without_trace)
+        logging.getLogger("absl").removeFilter(_without_trace)
         if not failed:
             sys.unraisablehook = self._hook
 
 
-def _without_trace(record: Any) -> bool:
+def _without_trace(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
