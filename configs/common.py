@@ -81,9 +81,18 @@ def stage(name: str) -> ConfigDict:
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every_steps = 100
+    # What stays: the newest, the best by a metric of their step ("loss", "reward/total"), and those whose step is a
+    # multiple of keep_every (0: none).
     checkpoint.keep_last = 2
+    checkpoint.keep_best = 0
+    checkpoint.best_metric = ""
+    checkpoint.best_mode = "max"
+    checkpoint.keep_every = 0
     checkpoint.asynchronous = True
     config.log_every_steps = 1
+    # An update whose loss or gradient is not finite: "stop" the run, or "skip" the update, at most so many in a row.
+    config.non_finite = "stop"
+    config.non_finite_limit = 10
     return config
 
 

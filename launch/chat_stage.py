@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from echo_jax.train import sft
 from echo_jax.train.checkpoint import TrainState
-from launch.stage import Draw, Model, StepFunction, StepResult, Updater, check_finite
+from launch.stage import Draw, Model, StepFunction, StepResult, Updater
 
 
 def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
@@ -31,8 +31,7 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
     ) -> tuple[TrainState, StepResult]:
         started = time.monotonic()
         micro_batches = sft.stack_micro_batches(batch, config.micro_batches)
-        state, metrics = updater(state, micro_batches, state.step)
-        check_finite(metrics, state.step + 1, batch["ids"])
+        state, metrics = updater(state, micro_batches, state.step, batch["ids"])
         tokens = int((batch["tokens"] != model.config.pad_id).sum())
         timings = {"train_s": time.monotonic() - started}
         return state, StepResult(metrics, timings, tokens, list(batch["ids"]))

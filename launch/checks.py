@@ -6,6 +6,8 @@ freezing rule that matches no parameter or a batch larger than the data, is foun
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from data.listening import ListeningConfig
@@ -16,6 +18,7 @@ from echo_jax.ranges import Range
 from echo_jax.sampler import SamplingOptions
 from echo_jax.text import prompts
 from echo_jax.train import grpo, optimizer, replay, rewards, step
+from echo_jax.train.retention import Retention
 from launch import inputs
 
 FORMATS = ("conditioned", "grounded", "interleaved")
@@ -35,7 +38,7 @@ _RANGES = {
     "vocabulary_chunk": ranges.NATURAL,
     "log_every_steps": ranges.COUNT,
     "checkpoint.every_steps": ranges.COUNT,
-    "checkpoint.keep_last": ranges.COUNT,
+    "non_finite_limit": ranges.COUNT,
     "data.clip_seconds": Range(above=0, most=_MOST_SECONDS),
     "data.max_tokens": ranges.NOT_NEGATIVE,
     "data.max_bad_fraction": ranges.SHARE_BELOW_ONE,
@@ -72,6 +75,7 @@ _NAMES = {
     "precision": tuple(step.PRECISIONS),
     "attention": ("auto", *ATTENTION),
     "remat": tuple(REMAT_POLICIES),
+    "non_finite": ("stop", "skip"),
 }
 
 
@@ -90,12 +94,23 @@ def check_config(config: ConfigDict) -> None:
     for name, known in _NAMES.items():
         if config[name] not in known:
             raise ValueError(f"config.{name}={config[name]!r} must be one of {', '.join(known)}")
+    retention(config)
     optimizer.OptimizerOptions(**config.optimizer.to_dict())
     optimizer.check_rules(config.parameter_rules)
     if config.stage == "grpo":
         _check_grpo(config)
     else:
         _check_chats(config)
+
+
+def retention(config: ConfigDict) -> Retention:
+    """Which checkpoints stay.
+
+    Raises:
+        ValueError: a value that means nothing.
+    """
+    names = [field.name for field in dataclasses.fields(Retention)]
+    return Retention(**{name: config.checkpoint[name] for name in names})
 
 
 def sampling_options(config: ConfigDict) -> SamplingOptions:

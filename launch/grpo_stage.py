@@ -28,7 +28,6 @@ from launch.stage import (
     StepFunction,
     StepResult,
     Updater,
-    check_finite,
 )
 from launch.validation import Validator
 
@@ -226,8 +225,12 @@ def build(config: ConfigDict, model: Model) -> tuple[Updater, StepFunction]:
         per_update: list[Metrics] = []
         ids = [record.id for record in drawn.kept.records]
         for number, micro_batches in enumerate(prepared):
-            state, found = updater(state, micro_batches, state.step * updates + number)
-            check_finite(found, state.step + 1, ids[number * minibatch :][:minibatch])
+            state, found = updater(
+                state,
+                micro_batches,
+                state.step * updates + number,
+                ids[number * minibatch :][:minibatch],
+            )
             per_update.append(found)
         laps("train")
         metrics |= {name: sum(u[name] for u in per_update) / updates for name in per_update[0]}

@@ -10,18 +10,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from echo_jax import huggingface
+from echo_jax import disk, huggingface
 
 SETTINGS_FILE = "run.json"
 DONE_FILE = "done.json"
 
-# Fields that change how a run is kept and shown, not what it learns.
+# Fields that change how a run is kept, shown, stopped and laid out on devices, not what it learns.
 _INDIFFERENT = (
     "log_every_steps",
     "data.cache_bytes",
     "attention",
     "remat",
     "vocabulary_chunk",
+    "non_finite",
+    "non_finite_limit",
 )
 _INDIFFERENT_SECTIONS = ("checkpoint.", "mesh.", "rollout_mesh.")
 
@@ -196,5 +198,7 @@ def _read_json(path: Path, fields: Sequence[str] = ()) -> dict[str, Any]:
 def _write_json(path: Path, content: Any) -> None:
     """Writes a file that is either whole or not there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    with disk.naming(path, len(text), "free space, and start again to go on"):
+        partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +16,16 @@ from echo_jax.model import thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.model.execution import Execution
 from echo_jax.text.tokenizer import Tokenizer
+from echo_jax.train import finite, step
 from echo_jax.train import optimizer as optimizer_lib
-from echo_jax.train import step
-from echo_jax.train.checkpoint import TrainState
+from echo_jax.train.checkpoint import Progress, TrainState
 from launch import devices
 
 Metrics = dict[str, float]
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite; the message names the step and the records of its batch."""
+    """Loss or gradient is not finite; the message names the step, what is not finite, and the records of the batch."""
 
 
 @dataclasses.dataclass
@@ -131,6 +130,9 @@ class Updater:
         self._schedule = optimizer_lib.make_schedule(options, total)
         self._optimizer = optimizer_lib.make_optimizer(options, total)
         self._labels = optimizer_lib.label_parameters(model.params, config.parameter_rules)
+        self._groups = finite.gradient_groups(self.trainable(model.params))
+        # Consecutive updates that are not finite before the run stops; at 0 it stops at the first.
+        self._limit = config.non_finite_limit if config.non_finite == "skip" else 0
         self._placement = model.placement
         constrain, out_shardings = self._shardings(model)
         update = step.make_update(
@@ -185,9 +187,20 @@ class Updater:
         return optimizer_lib.split(params, self._labels)[0]
 
     def __call__(
-        self, state: TrainState, micro_batches: Any, update_number: int
+        self, state: TrainState, micro_batches: Any, update_number: int, ids: Sequence[str]
     ) -> tuple[TrainState, Metrics]:
-        """One update; consumes `state`. `update_number` counts from 0, for the logged learning rate."""
+        """One update; consumes `state`.
+
+        Args:
+            state: before the update.
+            micro_batches: what the loss is summed over.
+            update_number: counts from 0, skipped ones included; for the logged learning rate.
+            ids: records of the batch, for the message.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite, and the config does not skip such updates, or too many came
+                in a row.
+        """
         trainable, frozen = optimizer_lib.split(state.params, self._labels)
         # Micro-batches are stacked: the batch is the second axis.
         micro_batches = devices.put(micro_batches, self._placement, None)
@@ -196,16 +209,31 @@ class Updater:
             trainable, opt_state, metrics = self.update(
                 trainable, frozen, state.opt_state, micro_batches
             )
-        found = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        found["learning_rate"] = float(self._schedule(update_number))
+        values = jax.device_get(metrics)
+        parts = values.pop("finite_parts")
+        found = {name: float(value) for name, value in values.items()}
+        # The optimizer's schedule counts the updates that had an effect.
+        made = update_number - state.progress.skipped_updates
+        found["learning_rate"] = float(self._schedule(made))
+        reason = finite.offending(parts, self._groups, found["loss"], found["grad_norm"])
+        progress = self._counted(state.progress, reason, state.step + 1, ids)
         params = optimizer_lib.merge(trainable, frozen)
-        return dataclasses.replace(state, params=params, opt_state=opt_state), found
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, progress=progress)
+        return state, found
 
-
-def check_finite(metrics: Mapping[str, float], step_number: int, ids: Sequence[str]) -> None:
-    """Raises NonFiniteError when loss or gradient norm is not finite."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            raise NonFiniteError(
-                f"step {step_number}: {name} is {metrics[name]}; records of the batch: {', '.join(ids)}"
-            )
+    def _counted(
+        self, progress: Progress, reason: str, step_number: int, ids: Sequence[str]
+    ) -> Progress:
+        """The progress after an update that had no effect for the reason, or had one if there is none."""
+        if not reason:
+            return dataclasses.replace(progress, skipped_in_a_row=0)
+        in_a_row = progress.skipped_in_a_row + 1
+        what = f"step {step_number}: {reason}; records of the batch: {', '.join(ids)}"
+        if in_a_row > self._limit:
+            skipped = f" (after {self._limit} skipped updates in a row)" if self._limit else ""
+            raise NonFiniteError(what + skipped)
+        if jax.process_index() == 0:
+            print(f"update skipped: {what}", flush=True)
+        return dataclasses.replace(
+            progress, skipped_updates=progress.skipped_updates + 1, skipped_in_a_row=in_a_row
+        )

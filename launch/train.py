@@ -10,6 +10,14 @@ Where a run starts, in this order:
 
 A workdir holds run.json (the config), metrics.jsonl, timings.jsonl, tensorboard/, checkpoints/ and,
 at the end, export/ (a Hugging Face model directory) and done.json.
+
+Exit status:
+  0    the run is finished.
+  2    one line says what is wrong: a flag, a field, the data, no checkpoint that is whole, a loss that is not finite, a
+       full disk. Starting again without a change ends the same way.
+  75   SIGTERM or Ctrl-C: the step was finished and saved; the same command goes on.
+  143, 130   a second SIGTERM or Ctrl-C: ended at once, as by a kill; the same command goes on from the last checkpoint.
+  1    a fault of the program, with its trace.
 """
 
 from __future__ import annotations
@@ -23,22 +31,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from data.audio_store import TooManyBadFiles
 from data.command_line import define_config, run
 from data.pipeline import TooLong
-from echo_jax import arrays, huggingface
+from echo_jax import arrays, disk, huggingface
 from echo_jax.model import thinker
 from echo_jax.model.config import ThinkerConfig
 from echo_jax.text.tokenizer import Tokenizer
 from echo_jax.train import step
 from echo_jax.train.checkpoint import CheckpointError, Checkpoints, TrainState
-from echo_jax.train.metrics import MetricWriter
+from echo_jax.train.metrics import METRICS_FILE, MetricWriter
 from launch import chat_stage, devices, grpo_stage, inputs, runs
-from launch.checks import check_config
-from launch.stage import Model, NonFiniteError, StepFunction, Updater, place
+from launch.checks import check_config, retention
+from launch.preemption import EXIT_STATUS, Preempted, StopRequest
+from launch.stage import Metrics, Model, NonFiniteError, StepFunction, Updater, place
 
 PROGRAM = "launch.train"
 SHOWN = {
@@ -104,8 +113,12 @@ STAGES: dict[str, Callable[[ConfigDict, Model], tuple[Updater, StepFunction]]] =
 }
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Runs the stage to its end."""
+def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> None:
+    """Runs the stage to its end.
+
+    Raises:
+        Preempted: `stop` asked for it; the last finished step is saved.
+    """
     check_config(config)
     devices.initialize()
     runs.keep_commit(config, workdir)
@@ -116,15 +129,18 @@ def train(config: ConfigDict, workdir: Path) -> None:
     updater, run_step = STAGES[config.stage](config, model)
     iterator = inputs.batches(config, model.tokenizer)
     workdir.mkdir(parents=True, exist_ok=True)
-    options = config.checkpoint
-    with Checkpoints(workdir / "checkpoints", options.keep_last, options.asynchronous) as saved:
+    kept = retention(config)
+    with Checkpoints(workdir / "checkpoints", kept, config.checkpoint.asynchronous) as saved:
         state = start(config, workdir, model, updater, saved, iterator)
         if jax.process_index() == 0:
             runs.write_settings(config, workdir)
         print(describe(config, model, updater), flush=True)
-        state = loop(config, workdir, state, iterator, run_step, saved)
+        state = loop(config, workdir, state, iterator, run_step, saved, stop or StopRequest())
     print("exporting the model")
-    huggingface.save_pretrained(workdir / "export", model.config, state.params, model.tokenizer)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    then = "the checkpoints are intact: free space, and start again to export"
+    with disk.naming(workdir / "export", size, then):
+        huggingface.save_pretrained(workdir / "export", model.config, state.params, model.tokenizer)
     if jax.process_index() == 0:
         runs.write_done(config, workdir, state.step)
     print(f"finished {state.step} steps; the model is {workdir / 'export'}")
@@ -139,9 +155,6 @@ def start(
     iterator: Any,
 ) -> TrainState:
     """The state to go on from, on the device; the iterator is moved along (2. and 3. above)."""
-    step = saved.latest_step()
-    if step is not None:
-        runs.check_continues(saved.stored_config(), step, config, workdir)
     # The model's own arrays: they are given up with the first step, in which the state is donated.
     fresh = TrainState(
         step=0,
@@ -149,9 +162,13 @@ def start(
         opt_state=updater.init(model.params),
         key=devices.replicated(jax.random.key(config.seed), model.placement),
     )
-    if step is None:
+    if saved.latest_step() is None:
+        if (workdir / METRICS_FILE).is_file():
+            logging.warning("%s holds no finished checkpoint: starting from step 0", workdir)
         return fresh
-    state = saved.restore(fresh, iterator)
+    state = saved.restore(
+        fresh, iterator, lambda before, step: runs.check_continues(before, step, config, workdir)
+    )
     print(f"going on from step {state.step}")
     return state
 
@@ -174,27 +191,53 @@ def loop(
     iterator: Any,
     run_step: StepFunction,
     saved: Checkpoints,
+    stop: StopRequest,
 ) -> TrainState:
-    """All remaining steps, with metrics and checkpoints."""
+    """All remaining steps, with metrics and checkpoints.
+
+    Raises:
+        Preempted: `stop` asked for it; the last finished step is saved.
+    """
     total = config.total_steps
     active = jax.process_index() == 0
+    kept = retention(config)
+    metrics: Metrics = {}
     with MetricWriter(workdir, total, state.step, SHOWN[config.stage], active) as writer:
-        while state.step < total:
+        while True:
+            if name := stop.agreed():
+                if state.step:
+                    saved.save(state, iterator, runs.plain(config), metrics)
+                    saved.wait()
+                raise Preempted(
+                    f"{name} after step {state.step} of {total}; start again to go on from there"
+                )
+            if state.step >= total:
+                break
             started = time.monotonic()
             batch = next(iterator)
             timings = {"data_s": time.monotonic() - started}
             state, result = run_step(state, batch, functools.partial(next, iterator))
-            state = dataclasses.replace(state, step=state.step + 1)
             seconds = time.monotonic() - started
+            progress = dataclasses.replace(
+                state.progress, train_seconds=state.progress.train_seconds + seconds
+            )
+            state = dataclasses.replace(state, step=state.step + 1, progress=progress)
             timings |= {
                 **result.timings,
                 "step_s": seconds,
                 "tokens_per_s": result.tokens / seconds,
+                "train_total_s": progress.train_seconds,
+                "restarts": progress.restarts,
             }
+            metrics = result.metrics
+            if config.non_finite == "skip":
+                metrics["skipped_updates"] = progress.skipped_updates
+            kept.check_metrics(metrics)
             if state.step % config.log_every_steps == 0 or state.step == total:
-                writer.write(state.step, result.metrics, timings, result.ids)
+                writer.write(state.step, metrics, timings, result.ids)
+            saved.check()
             if state.step % config.checkpoint.every_steps == 0 or state.step == total:
-                saved.save(state, iterator, runs.plain(config))
+                saved.save(state, iterator, runs.plain(config), metrics)
     return state
 
 
@@ -212,16 +255,25 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after one line about what is wrong."""
-    return run(
-        argv,
-        program=PROGRAM,
-        description=__doc__,
-        define=define,
-        main=lambda values: train(values.config, Path(values.workdir)),
-        required=("config", "workdir"),
-        expected=(KeyError, CheckpointError, NonFiniteError, TooLong, TooManyBadFiles),
-    )
+    """Runs the command line; returns the exit status, see the top of this file."""
+
+    def start_or_go_on(values: flags.FlagValues) -> None:
+        with StopRequest() as stop:
+            train(values.config, Path(values.workdir), stop)
+
+    try:
+        return run(
+            argv,
+            program=PROGRAM,
+            description=__doc__,
+            define=define,
+            main=start_or_go_on,
+            required=("config", "workdir"),
+            expected=(KeyError, CheckpointError, NonFiniteError, TooLong, TooManyBadFiles),
+        )
+    except Preempted as stopped:
+        print(f"{PROGRAM}: {stopped}", file=sys.stderr)
+        return EXIT_STATUS
 
 
 if __name__ == "__main__":

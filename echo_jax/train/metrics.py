@@ -7,6 +7,7 @@ on the clock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -14,6 +15,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from echo_jax import disk
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -33,8 +36,9 @@ def truncate_beyond(path: Path, step: int) -> None:
         if not line.endswith("\n") or record["step"] > step:
             break
         kept.append(line)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial, text = path.with_name(path.name + ".partial"), "".join(kept)
+    with disk.naming(path, len(text), "free space, and start again to go on"):
+        partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -53,6 +57,47 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class _Board:
+    """An event file of TensorBoard, written step by step.
+
+    tensorboardX's own SummaryWriter hands its events to a thread, which ends when the disk is full; the run would wait
+    for it for ever.
+
+    Args:
+        folder: made when it is missing.
+        first_step: events of later steps, from before a restart, are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Here, because evaluation and tests that only read metrics need no TensorBoard.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._folder = folder
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # The names of files have seconds in them; two starts in one second must not share a file.
+        self._writer = EventsWriter(str(folder / "events"), f".from-step-{first_step}")
+        if first_step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(self._event(step=first_step + 1, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of one step; raises DiskFullError."""
+        scalars = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        self._add(self._event(step=step, summary=self._summary(value=scalars)))
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with disk.naming(self._folder, event.ByteSize(), "free space, and start again to go on"):
+            self._writer.write_event(event)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
 
 
 class MetricWriter:
@@ -80,21 +125,15 @@ class MetricWriter:
         self._total_steps = total_steps
         self._first_step = first_step
         self._shown = shown
-        self._active = active
         self._stream = stream or sys.stdout
         self._started = time.monotonic()
         self._workdir = workdir
-        self._board: Any = None
+        self._board: _Board | None = None
         if active:
-            # Here, because evaluation and tests that only read metrics need no TensorBoard.
-            from tensorboardX import SummaryWriter
-
             workdir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, TIMINGS_FILE):
                 truncate_beyond(workdir / name, first_step)
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
+            self._board = _Board(workdir / "tensorboard", first_step)
 
     def write(
         self,
@@ -111,8 +150,11 @@ class MetricWriter:
             timings: values that depend on the clock, in seconds or per second; ``tokens_per_s`` is
                 shown live.
             ids: ids of the records of the step, kept beside the metrics.
+
+        Raises:
+            DiskFullError: no space for a line.
         """
-        if not self._active:
+        if self._board is None:
             return
         record: dict[str, Any] = {
             "step": step,
@@ -121,15 +163,16 @@ class MetricWriter:
         if ids is not None:
             record["ids"] = ids
         timing_record = {"step": step, **{name: float(value) for name, value in timings.items()}}
-        for name, line in ((METRICS_FILE, record), (TIMINGS_FILE, timing_record)):
+        for name, content in ((METRICS_FILE, record), (TIMINGS_FILE, timing_record)):
+            path, line = self._workdir / name, json.dumps(content) + "\n"
             # Opened anew each time: a killed process loses nothing, and a full disk shows at once.
-            with open(self._workdir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        for name, value in {
-            **metrics,
-            **{f"timings/{name}": value for name, value in timings.items()},
-        }.items():
-            self._board.add_scalar(name, float(value), step)
+            with (
+                disk.naming(path, len(line), "free space, and start again to go on"),
+                open(path, "a", encoding="utf-8") as file,
+            ):
+                file.write(line)
+        times = {f"timings/{name}": value for name, value in timings.items()}
+        self._board.write(step, {**metrics, **times})
         print(self._live_line(step, metrics, timings), file=self._stream, flush=True)
 
     def _live_line(
@@ -153,5 +196,7 @@ class MetricWriter:
     def __enter__(self) -> MetricWriter:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        # What ends the block is the news; on a full disk closing fails too.
+        with contextlib.suppress(*([OSError] if kind else [])):
+            self.close()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from echo_jax.train import finite
 from echo_jax.train import optimizer as optimizer_lib
 from echo_jax.train.sft import SumAndDenominator
 
@@ -97,7 +98,9 @@ def make_update(
         constrain: see `accumulate`.
 
     Returns:
-        The function; its metrics are the means of what `loss_fn` returns, and ``grad_norm`` before clipping.
+        The function; its metrics are the means of what `loss_fn` returns, ``grad_norm`` before clipping, and
+        ``finite_parts`` (see `finite.finite_parts`). Unless all parts are finite, the trainable parameters and the
+        optimizer state are returned as they came.
     """
 
     def update(
@@ -112,9 +115,12 @@ def make_update(
             gradients,
             trainable,
         )
-        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+        updates, new_opt_state = optimizer.update(gradients, opt_state, trainable)
         metrics = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(gradients)
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        parts = finite.finite_parts(sums["loss"][0], metrics["grad_norm"], gradients)
+        metrics["finite_parts"] = parts
+        new = (optax.apply_updates(trainable, updates), new_opt_state)
+        return (*finite.keep_unless(parts.all(), new, (trainable, opt_state)), metrics)
 
     return update

@@ -3,95 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from configs import grpo as grpo_config
 from configs import sft as sft_config
-from data.records import EaqaRecord
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
-from launch import rollouts, stage, train
-from tests.models import citing_model, citing_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def record(number: int) -> EaqaRecord:
-    return EaqaRecord(
-        id=f"r{number}",
-        audio_path=f"{number}.wav",
-        duration_s=3.0,
-        question="What?",
-        choices=("ok", "A"),
-        answer="ok",
-        cot="<think> <seg>1.0, 2</seg> ok</think><answer>ok</answer>",
-        kind="order",
-        events=(),
-        evidence=(),
-        difficulty=1,
-        split="train",
-        source="test",
-    )
+from launch import rollouts, train
+from tests.models import citing_tokenizer
+from tests.runs import ROOT, arguments, fill, make_place, record, start
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with sound files, records and a model directory."""
-    folder = tmp_path_factory.mktemp("train")
-    rng = np.random.default_rng(0)
-    rows = [record(number) for number in range(5)]
-    for row in rows:
-        soundfile.write(folder / row.audio_path, rng.normal(0, 0.1, 48_000), 16_000)
-    lines = [json.dumps(row.to_json()) + "\n" for row in rows]
-    (folder / "records.jsonl").write_text("".join(lines))
-    tokenizer = citing_tokenizer()
-    config, params = citing_model(tokenizer)
-    huggingface.save_pretrained(folder / "model", config, params, tokenizer)
-    return folder
-
-
-def fill(config, place: Path):
-    config.init_from = str(place / "model")
-    config.data.root = str(place)
-    config.data.records = str(place / "records.jsonl")
-    config.data.clip_seconds = 3.0
-    if config.stage == "sft":
-        config.listening_fraction = 0.0  # there are no labelled scenes here
-    return config
-
-
-def arguments(stage: str, place: Path, workdir: Path, *more: str) -> list[str]:
-    return [
-        f"--config=configs/{stage}.py:test",
-        f"--workdir={workdir}",
-        f"--config.init_from={place / 'model'}",
-        f"--config.data.root={place}",
-        f"--config.data.records={place / 'records.jsonl'}",
-        "--config.data.clip_seconds=3.0",
-        *(["--config.listening_fraction=0.0"] if stage == "sft" else []),
-        *more,
-    ]
-
-
-def start(*given: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *given],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return make_place(tmp_path_factory.mktemp("train"))
 
 
 # -------------------- errors --------------------
@@ -173,12 +104,6 @@ def test_what_means_nothing_is_refused_before_anything_is_read(stage, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_not_finite_is_named():
-    with pytest.raises(stage.NonFiniteError, match=r"step 7: grad_norm is nan; .* batch: a, b"):
-        stage.check_finite({"loss": 1.0, "grad_norm": float("nan")}, 7, ["a", "b"])
-    stage.check_finite({"loss": 1.0, "grad_norm": 2.0}, 7, ["a", "b"])
-
-
 # -------------------- runs --------------------
 
 
@@ -229,26 +154,6 @@ def test_an_unfinished_run_goes_on_with_its_own_config(place, tmp_path, capsys):
     train.train(config, workdir)
     assert "going on from step 2" in capsys.readouterr().out
     assert json.loads((workdir / "done.json").read_text())["step"] == 3
-
-
-def test_a_damaged_checkpoint_stops_the_run_with_one_line(place, tmp_path):
-    config = fill(sft_config.get_config("test"), place)
-    config.total_steps = 2
-    workdir = tmp_path / "w"
-    train.train(config, workdir)
-    (workdir / "done.json").unlink()
-    step = workdir / "checkpoints" / "2"
-    files = [path for path in (step / "arrays").rglob("*") if path.is_file()]
-    data = max(files, key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    process = start(*arguments("sft", place, workdir, "--config.total_steps=2"))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, output
-    said = [line for line in output.splitlines() if line.startswith("launch.train: ")]
-    assert len(said) == 1
-    assert f"checkpoint {step} is damaged (" in said[0]
-    assert said[0].endswith("remove this folder to start anew")
-    assert "Traceback" not in output
 
 
 def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, given: list[str]):

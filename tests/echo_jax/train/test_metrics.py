@@ -1,5 +1,9 @@
 import io
 import json
+import struct
+
+import numpy as np
+from tensorboardX.proto import event_pb2
 
 from echo_jax.train import metrics
 from echo_jax.train.metrics import MetricWriter
@@ -31,7 +35,34 @@ def test_live_line_and_files(tmp_path):
         "tokens_per_s": 100.0,
         "step_s": 1.0,
     }
-    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def events_of(folder):
+    """The events of all files, oldest file first: records of a length, its checksum, the event and its checksum."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_has_the_same_numbers_and_hides_what_was_trained_again(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    write(tmp_path, [3, 4], first_step=2)
+    first, *one, second, start, three, four = events_of(tmp_path / "tensorboard")
+    assert first.file_version == second.file_version == "brain.Event:2"
+    assert [event.step for event in one] == [1, 2, 3]
+    assert (start.step, start.session_log.status) == (3, event_pb2.SessionLog.START)
+    assert [event.step for event in (three, four)] == [3, 4]
+    values = {value.tag: value.simple_value for value in four.summary.value}
+    assert values == {
+        "loss": np.float32(4 / 3),
+        "timings/tokens_per_s": 100.0,
+        "timings/step_s": 1.0,
+    }
 
 
 def test_resumed_file_equals_undisturbed(tmp_path):
