@@ -131,6 +131,27 @@ def test_validation_and_a_stop_change_nothing_else(workdir, place, held_out, tmp
 
 
 @pytest.mark.slow
+def test_killed_between_redraws_and_validations_equals_undisturbed(place, held_out, tmp_path):
+    given = [
+        "--config.total_steps=5",
+        "--config.reward.name=1",
+        "--config.data.max_bad_fraction=0.4",
+        "--config.dynamic_sampling.max_rounds=3",
+        "--config.old_logprobs=recomputed",
+        "--config.validation.every_steps=2",
+        f"--config.validation.records={held_out}",
+    ]
+    whole, cut, output = test_train.killed_then_finished("grpo", place, tmp_path, 2, given)
+    assert "going on from step" in output
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    one, two = ((w / "export" / "model.safetensors").read_bytes() for w in (whole, cut))
+    assert one == two
+    rows = rows_of(whole)
+    assert any(row["dynamic_sampling/rounds"] > 1 for row in rows)
+    assert any("validation/accuracy" in row for row in rows)
+
+
+@pytest.mark.slow
 def test_all_curves_of_the_dynamics_figure_are_drawn(workdir, tmp_path):
     shown = curves.read({"GRPO": workdir})
     page = tmp_path / "report.html"
