@@ -256,7 +256,7 @@ class Program:
         ]
 
     def trip_count(self, loop: Loop) -> int | None:
-        """How often a loop that counts by one between two constants runs, as those of scans do; None for others."""
+        """How often a loop that counts up between two constants runs, as those of scans do; None for others."""
         known = re.search(r'known_trip_count\D+"(\d+)"', loop.instruction.attributes)
         if known:
             return int(known[1])
@@ -264,8 +264,26 @@ class Program:
         test = condition.root
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
-        first, end = (self._start_value(loop, condition.by_name[name]) for name in test.operands)
-        return None if first is None or end is None else max(0, end - first)
+        counter, bound = (condition.by_name[name] for name in test.operands)
+        first, end = (self._start_value(loop, value) for value in (counter, bound))
+        if first is None or end is None or counter.opcode != "get-tuple-element":
+            return None
+        return max(0, -(-(end - first) // self._step(loop, counter.index)))
+
+    def _step(self, loop: Loop, index: int) -> int:
+        """By how much a loop's counter grows: 1, but where the compiler has unrolled it."""
+        root = loop.body.root
+        if root.opcode != "tuple":
+            return 1
+        grown = loop.body.by_name[root.operands[index]]
+        if grown.opcode != "add":
+            return 1
+        literals = [
+            value.literal
+            for value in (loop.body.by_name.get(name) for name in grown.operands)
+            if value is not None and value.opcode == "constant"
+        ]
+        return int(literals[0]) if literals and _INTEGER.fullmatch(literals[0]) else 1
 
     def _start_value(self, loop: Loop, value: Instruction) -> int | None:
         """The integer that an operand of a loop's condition has before the first iteration, if it is a constant."""
