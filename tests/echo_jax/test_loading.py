@@ -322,3 +322,40 @@ def test_a_killed_save_leaves_a_whole_model_or_none(tmp_path):
         )
         assert_same_bits(params, which)
     assert whole < KILLS
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_and_compares(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loading", "--model=tiny", f"--folder={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shares = re.findall(r"^process (\d of \d), .*; read .* \((\d+)%\)$", done.stdout, re.MULTILINE)
+    assert [process for process, _ in shares] == ["1 of 1", "1 of 2", "2 of 2"]
+    one, *two = (int(share) for _, share in shares)
+    assert one == 100
+    assert all(50 <= share <= 55 for share in two)
+    beyond = re.findall(
+        r"^  (load|export): beyond the arrays (\d+\.\d+) GB", done.stdout, re.MULTILINE
+    )
+    assert len(beyond) == 6
+    assert all(float(gigabytes) < 2 for _, gigabytes in beyond)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_benchmark_wants_room_on_the_disk():
+    """About 250 TB."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loading", "--layers=500000"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(r"GB free and \d{6}\.\d GB are needed; give another --folder", done.stderr)
