@@ -158,6 +158,11 @@ def _paper(config: ConfigDict) -> None:
     config.data.max_tokens = 2048
     config.total_steps = 342  # one pass over EAQA-RL
     common.at_scale(config)
+    # One query a chip of a v5e 4x4, with its 8 answers: logits of 256 positions at a time. 7B decodes over 4 chips.
+    config.queries_per_microbatch = 16
+    config.vocabulary_chunk = 32
+    config.rollout_mesh.tensor = 4
+    config.reference.dtype = "bfloat16"
     config.checkpoint.every_steps = 20
 
 

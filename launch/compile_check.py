@@ -19,18 +19,16 @@ and an admission, with the shapes and shardings of their arguments. The table ha
   insertion     GB that an insertion reads, audio tower included, for the segment buffer that reads most.
 
 It exits with 1 if something does not fit, is copied, or reads more than --max-ratio.
+
+With --config=configs/grpo.py:echo_7b it compiles the steps of that config instead (`launch/compile_train.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import math
-import os
-import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,23 +41,21 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from echo_jax import arrays
 from echo_jax.arrays import ArraySpec, ShardingRules
 from echo_jax.model import frontend, thinker
-from echo_jax.model.config import ThinkerConfig
 from echo_jax.sampler import Prompts, Sampler, SamplerState, SamplingOptions, decode_rules
 from echo_jax.text.tokenizer import Tokenizer
-from launch import hlo
+from launch import compile_train, hlo
+from launch.tpu_compiler import (
+    HBM_GIB,
+    DoesNotFitError,
+    compile_for,
+    model_config,
+    prepare,
+    topology_devices,
+)
 
 PROGRAM = "launch.compile_check"
 TOPOLOGIES = ("v5e:4x4", "v6e:2x4", "v5p:2x2x2")
-# GiB that a program can use of a chip's memory, as the compiler's own message gives it when one does not fit.
-HBM_GIB = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}
 _GIB, _GB = 2**30, 1e9
-# libtpu asks for these where there is no TPU to tell; the last lets several processes compile at a time.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,65 +150,28 @@ HEADER = (
 )
 
 
-class DoesNotFitError(RuntimeError):
-    """A program needs more memory than a chip has."""
-
-
-def prepare() -> None:
-    """Lets libtpu compile without a TPU; call it before JAX has looked for devices.
-
-    Raises:
-      ValueError: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"libtpu is not installed: pip install 'jax[tpu]=={jax.__version__}', in an environment of its own if this "
-            "one is for another accelerator"
-        )
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Nothing runs on the TPU, and looking for one takes minutes.
-    jax.config.update("jax_platforms", "cpu")
-
-
 def make_mesh(topology: str, data: int | None, tensor: int) -> Mesh:
     """The devices of a topology such as "v5e:4x4" as data x tensor; data None takes what tensor leaves.
 
     Raises:
       ValueError: there is no such topology, or it does not have that many chips.
     """
-    # Experimental: imported where it is needed, so that a change in JAX breaks this command alone.
-    from jax.experimental import topologies
-
-    if topology.partition(":")[0] not in HBM_GIB:
-        raise ValueError(
-            f"--topology {topology}: not one of {', '.join(HBM_GIB)}; give a generation and its chips, as in v5e:4x4"
-        )
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise ValueError(f"--topology {topology}: the TPU compiler says: {error}") from None
+    chips = topology_devices(topology)
     if data is None:
-        data = len(devices) // tensor
-    if data * tensor != len(devices):
+        data = len(chips) // tensor
+    if data * tensor != len(chips):
         raise ValueError(
-            f"--topology {topology} has {len(devices)} chips, not {data} x {tensor} (data x tensor); change --data or "
+            f"--topology {topology} has {len(chips)} chips, not {data} x {tensor} (data x tensor); change --data or "
             "--tensor"
         )
-    return Mesh(np.array(devices).reshape(data, tensor), ("data", "tensor"))
+    return Mesh(np.array(chips).reshape(data, tensor), ("data", "tensor"))
 
 
 def make_sampler(
     model: str, layers: int | None, options: SamplingOptions, mesh: Mesh, tokenizer: Tokenizer
 ) -> Sampler:
     """The sampler of a model preset, with fewer layers if asked."""
-    config = ThinkerConfig.preset(model, **tokenizer.config_ids)
-    if layers is not None:
-        config = dataclasses.replace(
-            config,
-            text=dataclasses.replace(config.text, num_layers=layers),
-            audio=dataclasses.replace(config.audio, num_layers=layers),
-        )
+    config = model_config(model, layers, tokenizer)
     return Sampler(config, tokenizer, options, mesh, decode_rules(config.text, mesh))
 
 
@@ -339,18 +298,7 @@ def _compile(
     topology: str, function: Any, arguments: Sequence[Any], texts: Path | None
 ) -> Compiled:
     lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
-    begin = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        size = re.search(r"\(([\d.]+)G\)?.{0,40}?\(([\d.]+)G\)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not size:
-            raise
-        raise DoesNotFitError(
-            f"{topology}: {function.__name__} needs {size[1]} GiB of a chip's {size[2]}; use more chips, a larger "
-            "--tensor or a smaller --batch"
-        ) from None
-    seconds = time.perf_counter() - begin
+    compiled, seconds = compile_for(topology, function.__name__, lowered)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if texts is not None:
         texts.mkdir(parents=True, exist_ok=True)
@@ -470,7 +418,10 @@ def run(args: argparse.Namespace) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 1 if a program is not as wanted, 2 for a mistake in the call."""
-    args = parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if any(argument.startswith("--config") for argument in given):
+        return compile_train.main([PROGRAM, *given])
+    args = parse_args(given)
     try:
         return 0 if run(args) else 1
     except (OSError, ValueError) as error:

@@ -26,13 +26,13 @@ def _of(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
+        left = _shape(equation.invars[0])
         depth = math.prod(left[axis] for axis in contracted)
-        return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        return 2 * depth * math.prod(_shape(equation.outvars[0]))
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // out_features
     inner = [_count(jaxpr) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)
@@ -55,3 +55,8 @@ def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
             elif isinstance(part, core.Jaxpr):
                 found.append(part)
     return found
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = variable.aval.shape
+    return shape
