@@ -40,7 +40,9 @@ def _of(equation: core.JaxprEqn) -> int:
     if name == "scan":
         times = params["length"]
     elif name == "shard_map":
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # The name that jax gives them has changed before.
+        axes = next(params[key] for key in ("newly_manual_axes", "manual_axes") if key in params)
+        times = math.prod(params["mesh"].shape[axis] for axis in axes)
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
     return times * sum(inner)

@@ -476,7 +476,9 @@ class _QuietOrbax:
     def __init__(self) -> None:
         self._hook = sys.unraisablehook
         sys.unraisablehook = self._without_leftovers
-        logging.getLogger("absl").addFilter(_without_trace)
+        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+        for logger in self._loggers:
+            logger.addFilter(_without_trace)
 
     def _without_leftovers(self, unraisable: sys.UnraisableHookArgs) -> None:
         late = str(unraisable.exc_value) == "Event loop is closed"
@@ -484,11 +486,14 @@ class _QuietOrbax:
             self._hook(unraisable)
 
     def end(self, failed: bool) -> None:
-        """Ends it, after a failure only as far as nothing may come late."""
-        logging.getLogger("absl").removeFilter(_without_trace)
-        if not failed:
-            sys.unraisablehook = self._hook
+        """Ends it, but not after a failure: something may come late."""
+        if failed:
+            return
+        sys.unraisablehook = self._hook
+        for logger in self._loggers:
+            logger.removeFilter(_without_trace)
 
 
 def _without_trace(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    of_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+    return not (record.exc_info and of_orbax)

@@ -7,6 +7,7 @@ microseconds. What the run must end with is not: every byte of the metrics and o
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import random
@@ -73,14 +74,27 @@ def lines_of(workdir: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def being_written(workdir: Path) -> bool:
-    """Whether orbax has a temporary folder there."""
-    folder = workdir / "checkpoints"
-    return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+def being_written(workdir: Path) -> set[tuple[str, int]]:
+    """Orbax's temporary folders, by name and inode; a killed process leaves its own for the next to remove."""
+    found, folder = set(), workdir / "checkpoints"
+    for path in folder.iterdir() if folder.exists() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if "tmp" in path.name:
+                found.add((path.name, path.stat().st_ino))
+    return found
 
 
-def strike(process: subprocess.Popen[str], workdir: Path, kill: Kill) -> str:
-    """Waits for the moment and sends the signals; returns where that was."""
+def strike(
+    process: subprocess.Popen[str], workdir: Path, kill: Kill, left: set[tuple[str, int]]
+) -> str:
+    """Waits for the moment and sends the signals; returns where that was.
+
+    Args:
+        process: of the run.
+        workdir: of the run.
+        kill: when and how.
+        left: temporary folders of the processes before.
+    """
     deadline = time.monotonic() + 300
 
     def wait_for(condition) -> None:
@@ -94,9 +108,9 @@ def strike(process: subprocess.Popen[str], workdir: Path, kill: Kill) -> str:
     else:
         wait_for(lambda: lines_of(workdir) >= kill.lines)
         if kill.where == "write":
-            wait_for(lambda: being_written(workdir))
+            wait_for(lambda: being_written(workdir) - left)
         time.sleep(kill.delay_s)
-    writing = being_written(workdir)
+    writing = being_written(workdir) - left
     for number, sent in enumerate(kill.signals):
         time.sleep(0.02 * (number > 0))
         process.send_signal(sent)
@@ -107,8 +121,9 @@ def disturbed(stage: str, place: Path, workdir: Path, kills: list[Kill], *given:
     """Runs to the end through all kills; returns a line about each."""
     report = []
     for kill in kills:
+        left = being_written(workdir)
         process = start(*arguments(stage, place, workdir, *given))
-        where = strike(process, workdir, kill)
+        where = strike(process, workdir, kill, left)
         output, _ = process.communicate(timeout=120)
         names = "+".join(s.name for s in kill.signals)
         report.append(f"{stage}: {names} at {where} ({kill.where}), status {process.returncode}")

@@ -15,6 +15,7 @@ from configs import sft as sft_config
 from echo_jax import huggingface
 from echo_jax.sampler import Rollout
 from echo_jax.text.tokenizer import Tokenizer
+from echo_jax.train.checkpoint import CheckpointError
 from launch import rollouts, train
 from tests.models import citing_tokenizer
 from tests.runs import ROOT, arguments, fill, make_place, record, start
@@ -154,6 +155,36 @@ def test_an_unfinished_run_goes_on_with_its_own_config(place, tmp_path, capsys):
     train.train(config, workdir)
     assert "going on from step 2" in capsys.readouterr().out
     assert json.loads((workdir / "done.json").read_text())["step"] == 3
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(place, tmp_path, caplog):
+    config = fill(sft_config.get_config("test"), place)
+    workdir = tmp_path / "w"
+    train.train(config, workdir)
+    ends = [workdir / "metrics.jsonl", workdir / "export" / "model.safetensors"]
+    undisturbed = [path.read_bytes() for path in ends]
+    (workdir / "done.json").unlink()
+    step = workdir / "checkpoints" / "4"
+    files = [path for path in (step / "arrays").rglob("*") if path.is_file()]
+    data = max(files, key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    train.train(config, workdir)
+    said = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"checkpoint {step} is damaged (arrays: ")
+    assert said[0].endswith("/damaged/4, and the run goes on from step 2")
+    assert [path.read_bytes() for path in ends] == undisturbed
+    assert step.is_dir()
+
+    # With none that is whole the run does not start anew by itself.
+    (workdir / "done.json").unlink()
+    for number in (2, 4):
+        (workdir / "checkpoints" / str(number) / "host" / "metadata").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint that is whole \(4: host: it ho"
+    ):
+        train.train(config, workdir)
+    assert [path.read_bytes() for path in ends] == undisturbed
 
 
 def killed_then_finished(stage: str, place: Path, folder: Path, lines: int, given: list[str]):
