@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from echo_jax.arrays import ONE_DEVICE, ArraySpec, Placement, ShardingRules, map_with_path
@@ -163,12 +163,12 @@ def put(tree: PyTree, placement: Placement, *leading: str | None) -> PyTree:
     return jax.tree.map(place, tree)
 
 
-def replicated(tree: PyTree, placement: Placement) -> PyTree:
-    """The same on every device."""
+def random_key(seed: int, placement: Placement) -> jax.Array:
+    """A typed key, on every device."""
     if placement.mesh is None:
-        return jax.device_put(tree)
-    assert isinstance(placement.mesh, Mesh)
-    return jax.device_put(tree, NamedSharding(placement.mesh, PartitionSpec()))
+        return jax.random.key(seed)
+    # Made where it belongs: a process cannot put an array on the devices of another.
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=placement.sharding())()
 
 
 def to_host(tree: PyTree) -> PyTree:

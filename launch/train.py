@@ -120,7 +120,6 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         Preempted: `stop` asked for it; the last finished step is saved.
     """
     check_config(config)
-    devices.initialize()
     runs.keep_commit(config, workdir)
     if runs.is_done(config, workdir):
         print(f"{workdir} is finished; its model is {workdir / 'export'}")
@@ -160,7 +159,7 @@ def start(
         step=0,
         params=model.params,
         opt_state=updater.init(model.params),
-        key=devices.replicated(jax.random.key(config.seed), model.placement),
+        key=devices.random_key(config.seed, model.placement),
     )
     if saved.latest_step() is None:
         if (workdir / METRICS_FILE).is_file():
@@ -258,6 +257,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status, see the top of this file."""
 
     def start_or_go_on(values: flags.FlagValues) -> None:
+        # Before the signals are ours: what joins the processes has a handler of its own.
+        devices.initialize()
         with StopRequest() as stop:
             train(values.config, Path(values.workdir), stop)
 
