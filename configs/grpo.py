@@ -75,6 +75,9 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.reference = ConfigDict({"dtype": "float32"})
 
     replay = config.replay = ConfigDict()
+    # A prompt is run so often for its answers, each time for a share of them; must divide rollouts_per_query. More
+    # copies leave fewer rows a device, and make a batch divisible by more devices.
+    replay.copies = 1
     # Shapes of the training batches are rounded up, so that few are compiled.
     replay.token_multiple = 128
     replay.target_multiple = 64
@@ -158,9 +161,11 @@ def _paper(config: ConfigDict) -> None:
     config.data.max_tokens = 2048
     config.total_steps = 342  # one pass over EAQA-RL
     common.at_scale(config)
-    # One query a chip of a v5e 4x4, with its 8 answers: logits of 256 positions at a time. 7B decodes over 4 chips.
-    config.queries_per_microbatch = 16
-    config.vocabulary_chunk = 32
+    # A chip of a v5e 4x4 holds half the answers to a question: logits of 256 positions at a time.
+    config.queries_per_microbatch = 8
+    config.replay.copies = 2
+    config.vocabulary_chunk = 64
+    # 7B decodes over 4 chips.
     config.rollout_mesh.tensor = 4
     config.reference.dtype = "bfloat16"
     config.checkpoint.every_steps = 20

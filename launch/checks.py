@@ -58,6 +58,7 @@ _RANGES = {
     "queries_per_step": ranges.COUNT,
     "queries_per_minibatch": ranges.COUNT,
     "queries_per_microbatch": ranges.COUNT,
+    "replay.copies": ranges.COUNT,
     # The greedy 0 has no log-probabilities to learn from.
     "sampling.temperature": ranges.POSITIVE,
     "sampling.max_response_tokens": ranges.COUNT,
@@ -148,7 +149,8 @@ def replay_options(config: ConfigDict, execution: Execution = PLAIN) -> replay.R
     options = sampling_options(config)
     buffers = options.segment_buffers(inputs.clip_samples(config)) if options.insert_audio else ()
     return replay.ReplayOptions(
-        group=config.rollouts_per_query,
+        group=config.rollouts_per_query // config.replay.copies,
+        copies=config.replay.copies,
         buffers=buffers,
         least_slots=tuple(config.replay.least_slots) if options.insert_audio else (),
         token_multiple=config.replay.token_multiple,
@@ -216,6 +218,11 @@ def _check_grpo(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{name}={config[name]} must divide config.{whole}={config[whole]}"
             )
+    if config.rollouts_per_query % config.replay.copies:
+        raise ValueError(
+            f"config.replay.copies={config.replay.copies} must divide config.rollouts_per_query="
+            f"{config.rollouts_per_query}"
+        )
     replay_options(config)
     for how in FORMATS:
         prompts.preset(config.prompts[how])

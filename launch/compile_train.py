@@ -127,8 +127,8 @@ def replay_batch(
     config: ConfigDict, placement: Placement, options: replay.ReplayOptions
 ) -> replay.ReplayBatch:
     """Micro-batches of the GRPO stage: full prompts, full answers, the least slots for clips."""
-    queries = config.queries_per_microbatch
-    count = config.queries_per_minibatch // queries
+    count = config.queries_per_minibatch // config.queries_per_microbatch
+    queries = config.queries_per_microbatch * options.copies
     rows = queries * options.group
     array = abstract_batch(placement, None)
     length = config.sampling.max_response_tokens + 1

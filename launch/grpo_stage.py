@@ -147,14 +147,25 @@ def _sampler_weights(
 
 
 def _check_divisible(config: ConfigDict, training: Placement, decode: Placement) -> None:
-    for field, shards, what in (
-        ("queries_per_microbatch", training.num_shards("batch"), "config.mesh (data x fsdp)"),
-        ("queries_per_step", decode.num_shards("batch"), "config.rollout_mesh (data)"),
+    prompts = config.queries_per_microbatch * config.replay.copies
+    for what, count, shards, mesh in (
+        (
+            f"config.queries_per_microbatch={config.queries_per_microbatch} with config.replay.copies="
+            f"{config.replay.copies}",
+            prompts,
+            training.num_shards("batch"),
+            "config.mesh (data x fsdp)",
+        ),
+        (
+            f"config.queries_per_step={config.queries_per_step}",
+            config.queries_per_step,
+            decode.num_shards("batch"),
+            "config.rollout_mesh (data)",
+        ),
     ):
-        if config[field] % shards:
+        if count % shards:
             raise ValueError(
-                f"config.{field}={config[field]} cannot be divided over the {shards} shards of {what}; give a "
-                "multiple, or another mesh"
+                f"{what} cannot be divided over the {shards} shards of {mesh}; give a multiple, or another mesh"
             )
 
 

@@ -162,7 +162,9 @@ class Updater:
         )
 
         def constrain(gradients: Any) -> Any:
-            return jax.lax.with_sharding_constraint(gradients, shardings)
+            divided = jax.lax.with_sharding_constraint(gradients, shardings)
+            # The TPU compiler would exchange them once, after all micro-batches, and hold them whole until then.
+            return jax.lax.optimization_barrier(divided)
 
         return constrain, (shardings, self._state_shardings, everywhere)
 

@@ -35,7 +35,9 @@ class ReplayOptions:
     """How rollouts are put into arrays, and what the log-probabilities depend on.
 
     Attributes:
-        group: rows per prompt.
+        group: answers to a question that share the run of its prompt.
+        copies: how often a prompt is run, each time for `group` of its answers: the more, the fewer rows a device must
+            hold at once, and the more devices a batch can be divided over.
         buffers: lengths of the segment buffers in samples, ascending; the last holds any segment.
         least_slots: clips that each buffer of a micro-batch's shard has room for at least; () = one a row for the first
             buffer, one for eight rows for the others.
@@ -51,6 +53,7 @@ class ReplayOptions:
 
     group: int
     buffers: tuple[int, ...]
+    copies: int = 1
     least_slots: tuple[int, ...] = ()
     token_multiple: int = 128
     target_multiple: int = 64
@@ -96,8 +99,8 @@ class ReplayBatch:
 
     Attributes:
         prompts: Q prompts and their recordings.
-        tokens: i32[B, T], B = Q x group answers, those of a prompt together. A row starts with its prompt's last token,
-            which predicts the answer's first.
+        tokens: i32[B, T], B = Q x group answers, those of a prompt (or one of its copies) together. A row starts with
+            its prompt's last token, which predicts the answer's first.
         positions: i32[B, K], indices of the sampled tokens, 0 where there are fewer.
         stop_rest: i32[B, K], the stop event at each of them, -1 for none.
         old_logprob: f32[B, K], from the sampler, or computed anew (`recomputed`).
@@ -171,7 +174,7 @@ def stack_micro_batches(
     """Arrays of one mini-batch, cut into micro-batches along a new first axis.
 
     Args:
-        rollout: all rows of the step, numpy; row q * group + g answers prompt q.
+        rollout: all rows of the step, numpy; row q * copies * group + g answers prompt q.
         prompts: all prompts of the step, numpy.
         advantage: f32[rows of the step].
         queries: the prompts of this mini-batch.
@@ -186,10 +189,13 @@ def stack_micro_batches(
         raise ValueError(f"prompts.{given[0]} is given, which a replay does not know; leave it out")
     if len(queries) % micro_batches:
         raise ValueError(f"{micro_batches} micro-batches do not divide {len(queries)} queries")
-    chosen = np.asarray(queries).reshape(micro_batches, -1)
-    rows = (chosen[..., None] * options.group + np.arange(options.group)).reshape(micro_batches, -1)
+    # Each copy of a prompt has a run of consecutive rows.
+    runs = np.asarray(queries)[:, None] * options.copies + np.arange(options.copies)
+    runs = runs.reshape(micro_batches, -1)
+    chosen = runs // options.copies
+    rows = (runs[..., None] * options.group + np.arange(options.group)).reshape(micro_batches, -1)
     flat = rows.reshape(-1)
-    begin_b = np.repeat(np.asarray(prompts.length) - 1, options.group)
+    begin_b = np.repeat(np.asarray(prompts.length) - 1, options.group * options.copies)
     longest = int(np.max((np.asarray(rollout.length) - begin_b)[rows]))
     length = -(-longest // options.token_multiple) * options.token_multiple
     columns = np.minimum(begin_b[flat, None] + np.arange(length), rollout.tokens.shape[1] - 1)

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 
 import pytest
 
@@ -70,3 +71,46 @@ def test_a_program_too_large_for_a_chip_is_said_to_be(capsys):
     )
     assert compile_check.main(arguments.split()) == 1
     assert "of a chip's 15.75" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(("stage", "programs"), [("sft", 1), ("grpo", 2)])
+def test_two_layers_at_full_width_train(capsys, tmp_path, stage, programs):
+    table = tmp_path / "table.json"
+    arguments = [
+        f"--config=configs/{stage}.py:paper",
+        "--topology=v5e:4x4",
+        "--layers=2",
+        f"--json={table}",
+    ]
+    assert compile_check.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    rows = json.loads(table.read_text())
+    assert len(rows) == programs == len(out.splitlines()) - 2
+    for row in rows:
+        assert row["peak_gib"] < row["hbm_gib"]
+        # Recomputing a layer's forward pass costs a third at most; the head's costs as much again.
+        assert row["hardware_flops"] <= 1.35 * row["model_flops"]
+        # Weights and their gradients travel, activations and logits do not.
+        assert sum(row["sent"].values()) < 1.5 * row["least_sent"]
+
+
+@needs_libtpu
+def test_configs_that_cannot_be_compiled_are_refused_in_one_line(capsys):
+    for arguments, message in (
+        (["--config=configs/sft.py:tiny", "--topology=v5e:4x4"], "config.data.max_tokens=0"),
+        (["--config=configs/sft.py:paper", "--topology=v5e:3x3"], "the TPU compiler says"),
+        (
+            ["--config=configs/sft.py:paper", "--topology=v5e:4x4", "--config.mesh.tensor=5"],
+            "is no mesh of the 16 devices",
+        ),
+        (
+            ["--config=configs/sft.py:paper", "--topology=v5e:4x4", "--config.batch_size=12"],
+            "config.batch_size=12",
+        ),
+    ):
+        assert compile_check.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error

@@ -52,6 +52,24 @@ def test_micro_batches_do_not_change_logprobs(model, vocabulary, rollout, prompt
     )
 
 
+def test_copies_of_a_prompt_change_nothing(model, vocabulary, rollout, prompts):
+    config, params = model
+    whole = stacked(rollout, prompts)
+    options = dataclasses.replace(OPTIONS, group=1, copies=2)
+    for micro_batches in (1, 3):
+        cut = replay.stack_micro_batches(rollout, prompts, ADVANTAGE, ALL, micro_batches, options)
+        assert cut.prompts.tokens.shape[:2] == (micro_batches, 6 // micro_batches)
+        for name in ("tokens", "positions", "advantage"):
+            one, other = getattr(cut, name), getattr(whole, name)
+            np.testing.assert_array_equal(one.reshape(6, -1), other.reshape(6, -1))
+        got = jax.lax.map(
+            functools.partial(replay.logprobs, config, options, vocabulary, params), cut
+        )
+        mask = whole.positions[0] > 0
+        expected = np.asarray(whole.old_logprob)[0]
+        np.testing.assert_allclose(np.asarray(got).reshape(6, -1)[mask], expected[mask], atol=2e-5)
+
+
 def test_the_vocabulary_in_chunks_changes_nothing(model, vocabulary, rollout, prompts):
     config, params = model
     batch = jax.tree.map(lambda x: x[0], stacked(rollout, prompts))
