@@ -109,6 +109,7 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._retention = retention
         self._data_shards = data_shards
+        self._asynchronous = asynchronous
         # Step -> its metrics, by which the best are found.
         self._metrics: dict[int, Mapping[str, float]] = {}
         # The step that was handed over last and its size, for the message when it cannot be written.
@@ -119,7 +120,8 @@ class Checkpoints:
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy(retention, self._metrics),
-                enable_async_checkpointing=asynchronous,
+                # Always: orbax's own way of saving at once does not wait for the folder of every item.
+                enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 # Nothing inside a step is read before it is asked for: it may be damaged.
                 lightweight_initialize=True,
@@ -185,6 +187,8 @@ class Checkpoints:
                     iterator=ocp.args.JsonSave(sealed(positions)),
                 ),
             )
+        if not self._asynchronous:
+            self.wait()
 
     def _positions(self, iterator: Any) -> list[str]:
         """The iterator's state, of each process if each has its own part of the data."""
