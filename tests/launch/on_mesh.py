@@ -131,7 +131,7 @@ def update(
     finally:
         optimizer.make_optimizer = original
     state = TrainState(0, placed, updater.init(placed), jax.random.key(0))
-    state, metrics = updater(state, batch, 0)
+    state, metrics = updater(state, batch, 0, [])
     return devices.to_host(state.params), metrics
 
 
